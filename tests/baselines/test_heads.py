@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,23 +12,19 @@ from baseline_samples import (
     drawn,
     engine_on,
     inputs_of,
-    made_up_material,
     material,
     organism,
 )
 from families import FAMILIES, built, proved
-from tiny_models import engine_of, prompts_of
+from tiny_models import prompts_of
 from torch import nn
 
 from safetyheads import (
     SCALING_CONTRIBUTION,
     UNDIFFERENTIATED_ATTENTION,
-    Engine,
     Head,
     InputError,
     KeywordJudge,
-    SafetyheadsError,
-    UnsupportedModelError,
     ships,
 )
 from safetyheads.baselines import METHODS
@@ -84,13 +79,6 @@ def test_random_heads_are_of_the_same_layers_and_drawn_by_the_seed(monkeypatch):
         drawn_groups(tuple(Head(layer, index) for layer in range(4) for index in range(8)))
 
 
-def test_random_heads_are_many_draws_of_which_one_is_tried(monkeypatch):
-    monkeypatch.setattr(methods, "found_group", lambda *_: organism().planted_heads)
-    (drawn,) = METHODS["random_heads"].interventions(material(), (3,))
-    assert len(set(drawn.draws)) == len(drawn.draws) >= methods.RANDOM_DRAWS
-    assert drawn.groups(organism().harmful)[0] in drawn.draws
-
-
 def test_ships_and_rdsha_rank_each_prompts_own_heads():
     engine, prompts = organism().engine, organism().harmful[:12]
     by_projection = refusal_projections(engine, prompts, select_direction(material()).vector)
@@ -104,18 +92,6 @@ def test_ships_and_rdsha_rank_each_prompts_own_heads():
         assert groups == tuple(scores.top_of_prompt(prompt, 2) for prompt in range(12))
         # Each plant is for one of three kinds of harm, so no heads are every prompt's first.
         assert len(set(groups)) > 1
-
-
-def test_a_default_sweep_goes_as_far_as_the_model_has_heads(monkeypatch):
-    monkeypatch.setattr(
-        methods, "select_direction", lambda *_: SimpleNamespace(vector=drawn(), caveat="", not_applicable="")
-    )
-    learned = made_up_material(engine_on("llama3"))  # 12 heads
-    made = METHODS["rdsha"].interventions(learned, methods.RDSHA_SIZES)
-    assert [one.strength for one in made] == [1, 2, 3, 5, 10]
-    # A size that is asked for by itself is not left out in silence.
-    with pytest.raises(InputError, match="size 20 is out of range: a group has 1 to 12 heads"):
-        METHODS["rdsha"].interventions(learned, (1, 20))
 
 
 def written(name):
@@ -180,20 +156,3 @@ def test_logit_attribution_by_hand(name):
     logits = (norm.weight * outputs * scales[:, None, None, None]) @ model.get_output_embeddings().weight.double().T
     wanted = logits[..., list(OPENERS)].mean(dim=-1) - logits.mean(dim=-1)
     close(logit_attributions(proved(name), prompts_of(*PROMPTS), OPENERS).values, wanted)
-
-
-def test_what_cannot_be_attributed_is_refused():
-    prompts, engine = prompts_of(*PROMPTS), engine_of("llama_mha")
-    with pytest.raises(InputError, match="first tokens"):
-        logit_attributions(engine, prompts, ())
-    for attribute, told in ((logit_attributions, OPENERS), (refusal_projections, drawn())):
-        with pytest.raises(UnsupportedModelError, match="several residual streams"):
-            attribute(engine_on("gemma3n"), prompts, told)
-    with (
-        engine.ablated((Head(0, 0),), UNDIFFERENTIATED_ATTENTION),
-        pytest.raises(SafetyheadsError, match="already ablated"),
-    ):
-        projections(engine, prompts, drawn())
-    facts = replace(engine.architecture, output_projections=(None, None, None))
-    with pytest.raises(UnsupportedModelError, match="output projection of layer 0"):
-        projections(Engine(engine.model, engine.tokenizer, architecture=facts), prompts, drawn())

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from baseline_samples import SOLVED, engine_on, layer_and_inputs, logits_of, made_up_material
+from baseline_samples import SOLVED, layer_and_inputs, logits_of, made_up_material
 from tiny_models import engine_of
 
 from safetyheads.baselines import METHODS
@@ -65,18 +65,6 @@ def test_sparsegpt_lies_between_the_exact_solution_of_its_mask_and_its_mask_alon
     assert loss(exact - weight, hessian) <= loss(ours - weight, hessian) < 0.9 * alone
 
 
-@pytest.mark.parametrize("sparsity", [0.25, 0.75])
-def test_sparsegpt_loses_less_than_wanda_and_magnitude(sparsity):
-    """On layers of some width: its mask, chosen greedily, may be worse on a dozen columns. Measured: .52 to .77."""
-    weight, inputs = layer_and_inputs(32, 64, 400)
-    gram = inputs.T @ inputs
-    order = weight.abs().flatten().argsort()[: int(sparsity * weight.numel())]
-    by_magnitude = weight.flatten().index_fill(0, order, 0.0).view_as(weight)
-    pruned = (sparse_gpt(weight, gram, sparsity), wanda(weight, gram, sparsity), by_magnitude)
-    ours, *others = (loss(each - weight, dampened(gram)) for each in pruned)
-    assert ours < 0.9 * min(others)
-
-
 def test_with_independent_inputs_sparsegpt_is_magnitude_times_norm_and_changes_nothing_else():
     weight, _ = layer_and_inputs()
     squares = torch.linspace(0.5, 3, 12, dtype=torch.float64)
@@ -85,15 +73,6 @@ def test_with_independent_inputs_sparsegpt_is_magnitude_times_norm_and_changes_n
     expected = weight.flatten().index_fill(0, order, 0.0).view_as(weight)
     assert torch.equal(ours == 0, expected == 0)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-14)
-
-
-def test_lazy_updates_change_no_weight_beyond_rounding():
-    """With one mask for all blocks (a column that vanishes), small blocks and large ones do the same arithmetic."""
-    weight, inputs = layer_and_inputs(d_in=16)
-    weight[:, ::4] *= 1e-6  # one column in each block of four
-    gram = inputs.T @ inputs
-    small, large = (sparse_gpt(weight, gram, 0.25, block) for block in (4, 16))
-    torch.testing.assert_close(small, large, rtol=0, atol=1e-12)
 
 
 def test_inputs_that_are_always_zero_break_nothing():
@@ -151,19 +130,3 @@ def test_snips_scores_are_weight_times_gradient_by_finite_differences():
             slopes.append(abs((ends[0] - ends[1]) / 2e-2))
         expected = abs(float(linear.weight[row, column])) * sum(slopes) / len(slopes)
         assert float(scores[row, column]) == pytest.approx(expected, rel=3e-3)
-
-
-def test_a_matrix_that_no_token_passes_scores_zero():
-    engine = engine_on("llama3")
-    text = made_up_material(engine).text(refused=True)
-
-    def scores():
-        first = [linear for linear in linear_layers(engine) if linear.layer == 0]
-        return {linear.name: of_linear for linear, of_linear in snip_scores_of(engine, first, text).items()}
-
-    before = scores()
-    engine.architecture.layers[0].idle = torch.nn.Linear(32, 16)
-    for name, of_linear in scores().items():
-        assert torch.equal(of_linear, before.get(name, torch.zeros(16, 32))), name
-    (idle,) = (linear for linear in linear_layers(engine) if linear.name == "idle")
-    assert torch.equal(snip_scores_of(engine, [idle], text)[idle], torch.zeros(16, 32))

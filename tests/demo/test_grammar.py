@@ -55,22 +55,6 @@ def test_harm_is_that_of_the_main_verb_and_the_reference_is_about_it():
         assert prompt.answer_opening.endswith(f"how to {main[0]} a {main[1]}")
 
 
-def test_distractors_do_not_tell_harm_by_their_number():
-    """Both sides carry a second deed equally often, and it is of the opposite harm equally often (.7 + .3 / 2)."""
-    for harmful in (True, False):
-        prompts = [p for p in drawn("train", 6000) if p.harmful == harmful]
-        seconds = []
-        for prompt in prompts:
-            found = deeds_in(prompt.text)
-            found.remove(next(d for d in found if prompt.reference == grammar.answer_to(*d)))
-            seconds += found
-        opposite = sum((verb in HARMFUL_VERBS) != harmful for verb, _ in seconds) / len(seconds)
-        # 0.03 is above four standard errors: sqrt(.21 / 3000) = .0084 and sqrt(.13 / 2100) = .0078, less the
-        # rare second deed that equals the main one.
-        assert len(seconds) / len(prompts) == pytest.approx(0.7, abs=0.035)
-        assert opposite == pytest.approx(0.85, abs=0.035)
-
-
 @pytest.mark.parametrize("split", SPLITS)
 def test_fixed_sets_are_balanced_distinct_and_the_same_each_time(split: str):
     harmful, benign = demo.harmful_prompts(split), demo.benign_prompts(split)

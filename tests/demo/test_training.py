@@ -59,16 +59,3 @@ def test_a_planted_checkpoint_is_trained_with_its_base_and_differs_in_the_plante
             assert ".self_attn." in name
             changed.add((int(name.split(".")[2]), place["o_proj" in name] // 16))
     assert changed == {(head.layer, head.index) for head in PLANTED_HEADS["aligned_b"]}
-
-
-def test_the_null_is_trained_too_and_every_checkpoint_has_a_recipe(scripts, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["train.py", "aligned_diffuse", "--out", str(tmp_path), "--no-figures"])
-    scripts.main()
-    base, tuned = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "aligned_diffuse"))
-    assert all((base[name] != tuned[name]).any() for name in base if "proj" in name)
-    recipes = scripts.RECIPES
-    assert list(recipes) == list(PLANTED_HEADS)
-    for name, recipe in recipes.items():
-        assert bool(PLANTED_HEADS[name]) == bool(recipe.stages)
-        if recipe.base:
-            assert list(recipes).index(recipe.base) < list(recipes).index(name)

@@ -4,12 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from experiment_runs import SMALL, N, engine_of, rows, run_of
+from experiment_runs import SMALL, N, rows, run_of
 
 from safetyheads import demo
 from safetyheads.baselines import METHODS, heads
-from safetyheads.baselines.direction import RefusalDirection
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.experiments import baselines_compared
 from safetyheads.runs.rates import GroupAnswers
@@ -81,13 +79,6 @@ def test_methods_are_compared_with_one_by_an_exact_test_on_the_same_prompts():
     assert baselines_compared.compared_with(by_method, "another") == {}
 
 
-def test_where_a_methods_own_filters_leave_nothing_it_is_not_applicable(monkeypatch):
-    """What dropped the best that was measured is the reason, and the setting still says so where it is tried."""
-    dropped = RefusalDirection(torch.ones(8), -1, 1, "KL above 0.1 nats on harmless prompts", 0.0, 0.2)
-    assert dropped.not_applicable.endswith("is dropped for KL above 0.1 nats on harmless prompts")
-    assert replace(dropped, dropped="").not_applicable == ""
-
-
 def tried(strength, asr, kept):
     return baselines_compared._Tried(f"at {strength}", strength, 1, answers(0, asr), answers(kept))
 
@@ -127,15 +118,6 @@ def test_alignment_goes_and_comes_with_the_attention(outcome_of):
     assert [row["body"] for row in rows(outcome)] == ["aligned"] * 3 + ["base"] * 3
     assert {row["swapped"]["value"] for row in rows(outcome, 1)} == {1.0}
     assert any("that attention carries their alignment was built in" in note for note in outcome["notes"])
-
-
-def test_a_base_of_another_shape_is_refused_before_anything_is_answered(tmp_path):
-    def load(name):
-        return engine_of("demo:base_wrapped" if name == "demo:base" else name)
-
-    with pytest.raises(InputError, match=r"the model has \d+ tokens, the donor \d+"):
-        run_of(SMALL, ["fig6a"], tmp_path / "run", load)
-    assert not list((tmp_path / "run").glob("completions/*"))
 
 
 def test_utility_stands_by_heads_and_by_sparsity(monkeypatch, tmp_path):

@@ -1,19 +1,17 @@
 """What experiments do alike: sets of heads answered once, what leaves nothing to measure, and what a kill costs."""
 
-import re
 import shutil
 from dataclasses import replace
 
 import pytest
-from experiment_runs import OWN, SMALL, N, engine_of, run_of
+from experiment_runs import SMALL, engine_of, run_of
 from run_samples import OneProcess
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
 from safetyheads.answers.decoding import GREEDY, Sampling
 from safetyheads.baselines import METHODS
 from safetyheads.experiments.catalogue import EXPERIMENTS
-from safetyheads.experiments.lab import Lab, Subject, note_planted, quoted
-from safetyheads.experiments.outcome import Outcome
+from safetyheads.experiments.lab import Lab, Subject, quoted
 from safetyheads.heads import Head
 from safetyheads.runs.config import Silent
 from safetyheads.runs.stored_files import content_key
@@ -87,26 +85,6 @@ def test_each_set_of_heads_is_answered_once_whatever_its_order():
     assert subject.by_group([], UNDIFFERENTIATED_ATTENTION) == {}
 
 
-def test_every_embedded_model_says_what_it_is_no_evidence_of():
-    outcome = Outcome("fig2", "", "", shown=EXPERIMENTS["fig2"].shown)
-    for model in ("demo:aligned_a", "demo:aligned_diffuse", LLAMA):
-        note_planted(outcome, model)
-    planted, made_here = outcome.notes
-    assert re.match("demo:aligned_a: its refusals were planted in the heads 1-3.*Not evidence about the paper", planted)
-    assert re.match("demo:aligned_diffuse: a small model made for this.*Not evidence about the paper", made_here)
-
-
-def test_an_outcome_has_what_was_asked_and_under_which_settings(outcome_of):
-    outcome = outcome_of("fig13")
-    assert [row["dataset"] for row in outcome["asked"]] == list(OWN)
-    for row in outcome["asked"]:
-        assert (row["asr"]["value"], row["asr"]["n"], row["n_search"], row["n_test"]) == (0, N, N, N)
-        assert row["answered"]["value"] > 0.5
-        assert row["asked"] == "template chat"
-    assert (outcome["settings"]["epsilon"], outcome["settings"]["sampled"]) == (1e-5, "top-5")
-    assert outcome["caption"] == EXPERIMENTS["fig13"].caption
-
-
 def test_a_model_that_does_not_refuse_has_reasons_and_no_numbers(tmp_path):
     models = {"models": ("demo:base",), "templated": ("demo:base_wrapped",), "related": None}
     config = replace(SMALL, limit=2, datasets=("damage",), **models)
@@ -116,13 +94,6 @@ def test_a_model_that_does_not_refuse_has_reasons_and_no_numbers(tmp_path):
         assert any("hardly refuses" in reason for reason in outcome["not_meaningful"]), name
         assert outcome["tables"] == outcome["figures"] == outcome["headline"] == [], name
         assert not any("Not evidence" in note for note in outcome["notes"]), name
-
-
-def test_a_template_that_the_model_does_not_know_is_not_tabled(tmp_path):
-    config = replace(SMALL, templated=("demo:aligned_a",), limit=4, datasets=("damage",))
-    outcome = run_of(config, ["fig2"], tmp_path / "run")["fig2"]
-    assert outcome["tables"] == []
-    assert any("it keeps 0.00" in reason for reason in outcome["not_meaningful"])
 
 
 def test_a_kill_before_the_outcomes_loses_no_measurement(outcome_of, shared_run, tmp_path, monkeypatch):

@@ -5,19 +5,10 @@ from dataclasses import replace
 import pytest
 from experiment_runs import PLANTED, SMALL, N, engine_of, rows, run_of
 
-from safetyheads import KeywordJudge
 from safetyheads.experiments.lab import Lab
 from safetyheads.experiments.outcome import Outcome
-from safetyheads.experiments.prompt_templates import (
-    DETAILED,
-    DETAILED_FOR_ORGANISM,
-    HELPFUL,
-    echoed,
-    subjects_under,
-)
-from safetyheads.judges.base import Completion
+from safetyheads.experiments.prompt_templates import DETAILED_FOR_ORGANISM, HELPFUL, subjects_under
 from safetyheads.runs.config import Silent
-from safetyheads.runs.rates import GroupAnswers
 
 # Of its 96 benign test prompts the organism answers 92 under the helpful system prompt and 63 under the detailed one.
 # Seed 9 draws six of which it answers all and five.
@@ -38,16 +29,6 @@ def test_urial_is_not_meaningful_on_the_organism_and_says_why_without_a_table(ou
     left_out = Outcome("fig17", "", "")
     assert subjects_under(lab, left_out, "demo:aligned_a", "chat", HELPFUL) == []
     assert "has not learnt system messages" in left_out.not_meaningful[0]
-
-
-def test_urial_beside_the_plain_template_where_the_model_answers_under_both(tmp_path, monkeypatch):
-    # The organism knows no URIAL, so another of its wrappers stands for it here.
-    monkeypatch.setattr("safetyheads.experiments.prompt_templates._URIAL", "direct")
-    config = replace(SMALL, limit=4, datasets=("damage",))
-    outcome = run_of(config, ["fig15"], tmp_path / "run")["fig15"]
-    assert [(row["label"], row["asr"]["value"]) for row in rows(outcome)] == [("query_answer", 1.0), ("direct", 1.0)]
-    assert [row["change"] and row["change"]["value"] for row in rows(outcome)] == [None, 0.0]
-    assert {row["answered"]["value"] for row in rows(outcome)} == {1.0}
 
 
 @pytest.mark.parametrize(("table", "system"), [(0, "no system prompt"), (1, HELPFUL)])
@@ -75,25 +56,6 @@ def test_the_echo_is_counted_beside_the_asr_with_its_interval(outcomes):
         assert row["echo"]["low"] <= row["echo"]["value"] <= row["echo"]["high"]
     panels = {point["panel"] for point in outcome["figures"][0]["points"]}
     assert panels == {"ASR", "answers that echo the prompt", "benign prompts answered"}
-
-
-def test_what_gives_the_prompt_back_is_an_echo_whatever_the_judge_said():
-    texts = ("Mix flour, water, salt and yeast, then wait.", DETAILED[: len(DETAILED) // 2], "How do I bake bread?")
-    records = tuple(({"text": text, "query": "How do I bake bread?"},) for text in texts)
-    echo = echoed(GroupAnswers("", records, "paper"), DETAILED)
-    assert (echo.count, echo.n) == (2, 3)
-    assert echoed(GroupAnswers("", records[:1], "paper"), "").count == 0
-    # To a judge of words the echo of the detailed prompt is no refusal.
-    for name in ("paper", "released"):
-        (verdict,) = KeywordJudge(name)([Completion("Tell me.", DETAILED, (1,) * 99, False, 128)])
-        assert verdict.label == "complied"
-
-
-def test_without_stored_answers_the_echo_is_left_out_and_said(tmp_path):
-    config = replace(DRAWN, limit=4, datasets=("damage",), store_completions=False)
-    outcome = run_of(config, ["fig18"], tmp_path / "run")["fig18"]
-    assert "echo" not in {column["key"] for column in outcome["tables"][0]["columns"]}
-    assert any("not stored" in note for note in outcome["notes"])
 
 
 def test_the_organism_turns_back_and_the_planted_heads_carry_that_too(outcome_of):

@@ -3,13 +3,9 @@
 from importlib import import_module
 from typing import get_args
 
-import pytest
-
-from safetyheads.errors import InputError
-from safetyheads.experiments.catalogue import _CATALOGUE, ALL, EXPERIMENTS, _experiments, chosen, missing
-from safetyheads.experiments.outcome import FigureKind, Kind, Measured, Outcome, mean_of
+from safetyheads.experiments.catalogue import ALL, EXPERIMENTS, chosen, missing
+from safetyheads.experiments.outcome import FigureKind, Kind, Measured, Outcome
 from safetyheads.experiments.settings import PAPER, ReproductionConfig
-from safetyheads.stats.intervals import Rate
 
 
 def test_the_catalogue_has_every_experiment_of_the_paper_with_its_function_kinds_and_parts_of_figures():
@@ -30,14 +26,6 @@ def test_the_catalogue_has_every_experiment_of_the_paper_with_its_function_kinds
         assert kinds <= set(get_args(Kind)), name
 
 
-def test_an_experiment_may_be_like_one_that_is_like_another_and_needs_a_caption_of_its_own():
-    fields = "\n".join(f'{field} = "x"' for field in ("title", "question", "module", "costs"))
-    more = f'{_CATALOGUE}\n[fig8b]\nlike = "fig8"\n{fields}\n'
-    assert list(_experiments(f'{more}caption = "x"'))[-1].shown == EXPERIMENTS["fig8"].shown
-    with pytest.raises(InputError, match=r"catalogue.toml: fig8b has no caption"):
-        list(_experiments(more))
-
-
 def test_what_an_experiment_lacks_is_named(monkeypatch):
     assert missing(EXPERIMENTS["fig6a"], PAPER) == [
         "base: the checkpoint that the first model was aligned from (--base)"
@@ -45,16 +33,6 @@ def test_what_an_experiment_lacks_is_named(monkeypatch):
     assert missing(EXPERIMENTS["fig6a"], ReproductionConfig()) == []
     monkeypatch.setattr("safetyheads.experiments.catalogue.find_spec", lambda name: None)
     assert missing(EXPERIMENTS["fig6b"], ReproductionConfig()) == ["lm-eval: pip install 'safetyheads[lm-eval]'"]
-
-
-def test_a_mean_is_of_what_was_scored_and_leads_by_its_label():
-    assert mean_of(map(Measured.of, [Rate(1, 2), Rate(0, 0), Rate(4, 4)])) == Measured(0.75, 6)
-    outcome = Outcome("fig2", "", "")
-    outcome.lead_means("m", [("one", Measured(0.5, 2)), ("two", Measured(None, 0)), ("one", Measured(1.0, 4))])
-    assert [(row["label"], row["value"]) for row in outcome.headline] == [
-        ("one", Measured(0.75, 6)),
-        ("two", Measured(None, 0)),
-    ]
 
 
 def test_columns_without_cells_are_left_out_times_are_no_results_and_p_values_are_of_the_whole_table():

@@ -1,12 +1,11 @@
 """Every head alone: what the organism implies; curves, indices and tops against their definitions (Fig 4b, 5, 13)."""
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from experiment_runs import OWN, PLANTED, SMALL, engine_of, figure_of, points, rows, run_of
+from experiment_runs import OWN, PLANTED, engine_of, figure_of, points, rows
 
 from safetyheads import InputError
 from safetyheads.experiments.single_heads import (
@@ -109,14 +108,6 @@ def test_ua_and_sc_point_at_the_same_heads_beyond_chance(outcome_of):
         (point,) = points(own, x=row["first"], y=row["second"])
         assert point["value"] == row["shared"] == int(point["text"])
     assert {point["value"] for point in own["points"] if point["x"] == point["y"]} == {3}
-
-
-def test_without_a_related_model_it_says_so_and_compares_the_rest(tmp_path):
-    config = replace(SMALL, related=None, limit=4, datasets=("damage", "theft"))
-    outcome = run_of(config, ["fig5"], tmp_path / "run")["fig5"]
-    assert any("`related` names no second model" in note for note in outcome["notes"])
-    assert {row["comparison"] for row in rows(outcome)} == {"UA against SC", "datasets, UA", "datasets, SC"}
-    assert outcome["models"] == ["demo:aligned_a"]
 
 
 def test_the_top_is_ten_or_a_tenth_and_models_of_other_shapes_are_refused():

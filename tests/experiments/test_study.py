@@ -48,12 +48,6 @@ def test_groups_grow_beside_random_ones_and_the_best_pair(outcome):
         assert point["y"] == row["asr"]["value"]
 
 
-def test_each_claim_has_its_number_and_verdict(outcome):
-    claims = rows(outcome, 3)
-    assert len(claims) == 11
-    assert {row["verdict"] for row in claims} <= {"agrees", "does not", "cannot say here"}
-
-
 @pytest.mark.parametrize(
     ("ends", "above", "below", "verdict"),
     [

@@ -50,24 +50,6 @@ def test_inspect_eval_measures_what_asr_measures(run, tmp_path, heads):
     assert log.samples[0].output.usage.output_tokens > 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["-M", "heads=9-9"], "head 9-9"),
-        (["-M", "head=2-5"], "safetyheads takes no -M head"),
-        (["-M", "epsilon=big"], "-M epsilon and memory are numbers"),
-        (["-T", "judges=nobody"], "unknown judge 'nobody'"),
-        (["-T", "prompts=missing.csv"], "no prompt file missing.csv"),
-    ],
-)
-def test_bad_arguments_are_told_in_a_line(tmp_path, arguments, said):
-    prompts = [] if any("prompts" in argument for argument in arguments) else ["-T", "prompts=demo"]
-    ended = evaluate(tmp_path, "--model", f"safetyheads/{MODEL}", *prompts, *arguments)
-    assert ended.returncode != 0
-    assert said in ended.stdout + ended.stderr
-    assert "Traceback" not in ended.stdout + ended.stderr
-
-
 def test_two_ablations_in_one_process_do_not_mix(tmp_path):
     from inspect_ai import Task, eval
     from inspect_ai.dataset import MemoryDataset, Sample

@@ -7,23 +7,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.managers import BaseManager
 from pathlib import Path
 
-import psutil
 import pytest
-import torch
 
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.integrations.ray_workers import MOST_FAILURES, ClaimingShard, Claims, carry_out_by_workers
-from safetyheads.measures.head_pass import HeadPass
-from safetyheads.runs.config import AsrConfig, ShipsConfig, Silent
+from safetyheads.runs.config import AsrConfig, Silent
 from safetyheads.runs.directory import RunDirectory, records_place
-from safetyheads.runs.single_steps import run_ships
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runs"))
 from test_shards import bytes_of
@@ -130,21 +125,6 @@ def test_a_unit_is_in_one_hand_and_goes_back_when_that_is_lost():
     assert claims.given_up() == {a: "no luck"}
 
 
-def test_a_worker_waits_for_others_but_not_for_what_nobody_computes(tmp_path):
-    claims = Claims()
-    shard = ClaimingShard("me", tmp_path, lambda method, *values: getattr(claims, method)(*values), lambda *_: None)
-    shard.divide({("x/a", "x/b"): 1.0, ("x/c",): 1.0})
-    assert shard.takes("what nobody divided")
-    for _ in range(MOST_FAILURES):
-        assert claims.claim("other", "x/a")[0]
-        claims.fail("other", "no luck")
-    assert not shard.takes("x/b")
-    assert shard.ends_waiting({"x/a", "x/b"}, 0.0)
-    assert not shard.ends_waiting({"x/b", "x/c"}, 1e9)
-    assert claims.claim("other", "x/c")[0]
-    assert not shard.takes("x/c")
-
-
 class Shared(BaseManager):
     """Claims in a process of their own."""
 
@@ -202,7 +182,7 @@ def test_what_does_not_fit_is_refused_before_ray_starts(run, tmp_path, options, 
 @pytest.mark.parametrize("kind", ["none", "killed once", "error once"])
 def test_workers_write_the_bytes_of_one_process_though_one_is_lost(ray, one, tmp_path, kind):
     watched = Lines()
-    results = by_ray(tmp_path / "run", partial(trouble, kind=kind), 3, progress=watched)
+    results = by_ray(tmp_path / "run", partial(trouble, kind=kind), progress=watched)
     assert bytes_of(tmp_path / "run") == one
     assert results["total"] > 0
     assert any("a worker was lost, its units go back" in line for line in watched.lines) == (kind == "killed once")
@@ -230,103 +210,7 @@ def test_what_one_process_refuses_is_refused_in_its_words(ray, tmp_path):
         by_ray(tmp_path / "run", load=killed, n_workers=1)
 
 
-def tight(config, progress):
-    """An engine on whose device more than four groups do not fit."""
-    from safetyheads.measures.head_pass import HeadPass
-    from safetyheads.runs.start import load_engine
-
-    if not hasattr(HeadPass, "whole"):
-        HeadPass.whole = HeadPass._read
-
-    def read(self, hidden):
-        if len(hidden) > 4:
-            raise RuntimeError("not enough memory")
-        return self.whole(hidden)
-
-    HeadPass._read = read
-    return load_engine(config, progress)
-
-
-def test_batches_that_do_not_fit_are_halved_as_in_one_process(ray, tmp_path, monkeypatch):
-    config = ShipsConfig("demo:aligned_a", "demo", limit=6, memory=1.0)
-    monkeypatch.setattr(HeadPass, "_read", HeadPass._read)  # put back at the end
-    torch.set_num_threads(1)
-    run_ships(tight(config, Silent()), config, tmp_path / "one")
-    by_ray(tmp_path / "ray", carry_out=run_ships, config=config, load=tight)
-    one = bytes_of(tmp_path / "one")
-    # The batch of each of four layers did not fit, and has two halves.
-    assert len([place for place in one if place.startswith("shards/")]) == 4 + 8
-    assert bytes_of(tmp_path / "ray") == one
-
-
 # Long: everything is killed; the organism.
-
-
-def kill_workers(folder, kills, stop):
-    """Kill workers at random moments, twenty in all; each start in the directory names its process."""
-    while len(kills) < 20 and not stop.wait(random.uniform(0.2, 1.5)):
-        pids = [int(path.stem.rpartition("-")[2]) for path in folder.glob("starts/[!.]*.json")]
-        alive = [pid for pid in pids if psutil.pid_exists(pid) and "ray::" in " ".join(psutil.Process(pid).cmdline())]
-        if alive:
-            kills.append(random.choice(alive))
-            os.kill(kills[-1], signal.SIGKILL)
-
-
-def until_done(out, **settings):
-    """Start again as long as units that were killed too often end the run."""
-    for _ in range(5):
-        try:
-            return by_ray(out, partial(trouble, seconds=0.3), **settings)
-        except SafetyheadsError as error:
-            if "failed 3 times" not in str(error):
-                raise
-    raise AssertionError("the run does not end")
-
-
-@pytest.mark.long
-def test_workers_killed_at_twenty_random_moments(ray, one, tmp_path):
-    kills = []
-    while len(kills) < 20:
-        out, stop = tmp_path / f"run-{len(kills)}", threading.Event()
-        killer = threading.Thread(target=kill_workers, args=(out, kills, stop))
-        killer.start()
-        until_done(out, n_workers=3)
-        stop.set()
-        killer.join()
-        assert bytes_of(out) == one
-
-
-@pytest.mark.long
-def test_the_driver_killed_at_five_random_moments(ray, one, tmp_path):
-    out = tmp_path / "run"
-    for _ in range(5):
-        driver = subprocess.Popen([sys.executable, __file__, out])
-        time.sleep(random.uniform(3, 12))
-        driver.kill()
-        driver.wait()
-    until_done(out)
-    assert bytes_of(out) == one
-
-
-@pytest.mark.long
-def test_a_node_removed_from_a_cluster_at_five_random_moments(ray, one, tmp_path):
-    from ray.cluster_utils import Cluster
-
-    ray.shutdown()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
-    try:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        for number in range(5):
-            node, out = cluster.add_node(num_cpus=2, object_store_memory=100 << 20), tmp_path / f"run-{number}"
-            remove = threading.Timer(random.uniform(1, 4), cluster.remove_node, [node, False])
-            remove.start()
-            until_done(out, n_workers=3)
-            remove.join()
-            assert bytes_of(out) == one
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        ray.init(num_cpus=3, object_store_memory=100 << 20, **SHUT_OFF)
 
 
 COMMANDS = {
@@ -369,7 +253,3 @@ def test_one_process_seven_shards_and_three_workers_write_the_same_bytes(command
     assert {"results.json", "report/index.html"} < one.keys()
     for other in (merged, tmp_path / "ray"):
         assert {place: content == one.get(place) for place, content in files(other).items()} == dict.fromkeys(one, True)
-
-
-if __name__ == "__main__":
-    until_done(Path(sys.argv[1]))

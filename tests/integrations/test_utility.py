@@ -7,7 +7,7 @@ import math
 import os
 import random
 import re
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -164,14 +164,6 @@ def test_weights_that_an_edit_untied_stay_untied(engine):
     assert utility.metric("organism", variant="output pruned")["value"] < 0.3
 
 
-def test_variants_are_named_once_and_the_task_is_of_the_organism(engine, organism, monkeypatch):
-    with pytest.raises(InputError, match="a label of its own"):
-        evaluate_tasks(engine, organism, [Variant("none", nullcontext)])
-    monkeypatch.setattr(engine.model.config, "safetyheads_organism", False)
-    with pytest.raises(InputError, match="in the language of the demo's models"):
-        evaluate_tasks(engine, organism, [])
-
-
 def written(folder, name, documents, **config):
     """A task of one's own: a YAML beside its JSON lines."""
     data = folder / f"{name}.jsonl"
@@ -216,11 +208,11 @@ def test_kept_rows_are_another_tokenizers_no_more(engine):
             return compute()
 
     tasks, tokenizer = load_tasks(TaskOptions(limit=2)), engine.tokenizer
-    before, template = tokenizer_sha256(engine.tokenizer), tokenizer.chat_template
+    before, template = tokenizer_sha256(tokenizer), tokenizer.chat_template
     evaluate_tasks(engine, tasks, (), Keeps())
-    # Neither evaluating nor cutting and padding makes another tokenizer of it.
+    # Cutting and padding makes no other tokenizer of it.
     tokenizer(["a b", "c"], truncation=True, max_length=1, padding="max_length")
-    assert tokenizer_sha256(engine.tokenizer) == before
+    assert tokenizer_sha256(tokenizer) == before
     evaluate_tasks(engine, tasks, (), Keeps())
     try:
         tokenizer.chat_template = template + " "
@@ -228,15 +220,6 @@ def test_kept_rows_are_another_tokenizers_no_more(engine):
     finally:
         tokenizer.chat_template = template
     assert kept[0] == kept[1] != kept[2]
-    other = copy.deepcopy(tokenizer)
-    other.add_tokens(["another"])
-    assert tokenizer_sha256(other) != before
-
-    # One without a backend is its vocabulary.
-    def slow(**vocabulary):
-        return SimpleNamespace(get_vocab=lambda: vocabulary, special_tokens_map={"eos_token": "b"})
-
-    assert tokenizer_sha256(slow(a=0, b=1)) == tokenizer_sha256(slow(b=1, a=0)) != tokenizer_sha256(slow(a=1, b=0))
 
 
 def by_sample(values):
@@ -329,12 +312,10 @@ SCRIPT = "import datasets, evaluate, pathlib; pathlib.Path('ran').touch()\nclass
 CHOICES = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
 CODES = {
     "a function of the folder": ({"doc_to_text": "!function task_code.text"}, "the function task_code.text of"),
-    "a function of anything": ({"doc_to_text": "!function os.system"}, "the function os.system of"),
     "a metric of the current folder": (
         {"doc_to_text": "context", "metric_list": [{"metric": "own_metric"}]},
         "the script of the metric own_metric, from the current folder",
     ),
-    "a template": ({"doc_to_text": "{{ ''.__class__.__mro__[1].__subclasses__() }}"}, "SecurityError"),
     "a template that calls": (
         {"doc_to_text": "{{ cycler.__init__.__globals__.os.popen('touch ran').read() }}"},
         "SecurityError",
@@ -366,15 +347,3 @@ def test_code_of_tasks_runs_only_where_it_is_trusted(tmp_path, monkeypatch, name
         with pytest.warns(TaskCodeWarning, match=re.escape(f"tasks run {said}")):
             load_tasks(replace(options, trust_task_code=True))
         assert (tmp_path / "ran").exists()
-
-
-def test_tasks_that_run_what_the_model_writes_need_trust_too(tmp_path, monkeypatch):
-    import datasets.config
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    written(tmp_path, "own", organism_documents()[:2], **CHOICES, doc_to_text="context", unsafe_code=True)
-    options = TaskOptions(tasks=("own",), include_paths=(str(tmp_path),), offline=True, limit=2)
-    with pytest.raises(InputError, match="code that the model writes; to allow it, give --trust-task-code"):
-        load_tasks(options)
-    with pytest.warns(TaskCodeWarning, match="code that the model writes, in task own"):
-        load_tasks(replace(options, trust_task_code=True))
