@@ -36,14 +36,3 @@ def test_each_ablation_changes_the_tensor_that_its_equation_says():
 def test_epsilon_is_finite_and_not_negative(epsilon):
     with pytest.raises(InputError, match="epsilon must be a finite number"):
         UNDIFFERENTIATED_ATTENTION.at(epsilon)
-
-
-def test_an_unknown_kind_lists_the_known():
-    with pytest.raises(InputError, match=r"unknown ablation 'nothing'.*mean_head_output"):
-        Ablation.parse("nothing")
-
-
-def test_only_the_scale_kinds_take_and_print_an_epsilon():
-    assert [kind.takes_epsilon for kind in ABLATION_KINDS.values()] == [True, True, True, False, False, False]
-    assert str(UNDIFFERENTIATED_ATTENTION) == "undifferentiated attention, epsilon 1e-05"
-    assert str(Ablation("mean_query")) == "mean query over the layer's heads"

@@ -32,23 +32,11 @@ def test_a_malformed_head_is_named(text):
         Head.parse(text)
 
 
-@pytest.mark.parametrize("place", [(-1, 3), (1, -3)])
-def test_layer_and_index_are_not_negative(place):
-    with pytest.raises(InputError, match="count from 0"):
-        Head(*place)
-
-
 def test_a_head_given_twice_is_refused_whatever_its_form():
     with pytest.raises(InputError, match="2-26 is given twice"):
         parse_heads("2-26, L2H26")
     with pytest.raises(InputError, match="given twice"):
         parse_heads([Head(0, 0), Head(0, 1), Head(0, 0)])
-
-
-def test_no_heads_are_the_empty_group():
-    assert parse_heads(" ") == ()
-    with pytest.raises(InputError, match="form layer-head"):
-        parse_heads("2-26,")
 
 
 def test_a_head_must_be_in_the_model():

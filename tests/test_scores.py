@@ -54,12 +54,6 @@ def test_ties_are_runs_of_neighbours_within_the_resolution():
     assert PER_PROMPT.ties() == ()
 
 
-@pytest.mark.parametrize("shape", [(), (4,), (1, 2, 2, 2)])
-def test_scores_of_another_shape_are_refused(shape):
-    with pytest.raises(InputError, match=f"got {len(shape)}-D"):
-        HeadScores(torch.zeros(shape))
-
-
 def test_a_table_is_just_large_enough_and_named_as_its_scorer():
     like = FunctionScorer(lambda groups: torch.zeros(len(groups)), "angle", "degrees", 1e-9)
     table = table_of([Head(2, 0), Head(0, 1)], torch.tensor([7.0, 8.0]), like)
