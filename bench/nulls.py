@@ -1,8 +1,8 @@
 """How often a model without concentrated heads is called concentrated: simulated answers, and audits of the null.
 
 python bench/nulls.py                                    simulated runs
-python bench/nulls.py --audits runs/nulls                audits of the null at five training seeds and of
-                                                         random weights; trains what is not in the folder
+python bench/nulls.py --audits runs/nulls                audits of the null at five training seeds, of the base and
+                                                         of random weights; trains what is not in the folder
     python bench/nulls.py --thresholds                       the KL of groups that damage benign answers or do not
 """
 
@@ -384,8 +384,9 @@ def print_thresholds() -> None:
 
 
 def print_audits(folder: Path, seeds: Sequence[int]) -> None:
-    """Labels of audits of the null at five training seeds, kept in a folder, and of random weights, by size."""
-    models = [*(null_checkpoint(shift, folder) for shift in range(5)), random_weights(folder)]
+    """Labels of audits of the base, of random weights and of the null at five training seeds, kept in a folder."""
+    # What refuses nothing comes first: it takes seconds.
+    models = [checkpoint_path("base"), random_weights(folder), *(null_checkpoint(shift, folder) for shift in range(5))]
     for path, ablation in product(models, ABLATIONS):
         with tempfile.TemporaryDirectory() as scratch:
             shared = SharedAudits(Engine.load(str(path)), path.name, ablation, Path(scratch))

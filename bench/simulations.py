@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from safetyheads.heads import Head
 from safetyheads.measures.random_groups import random_groups
-from safetyheads.stats.intervals import FloatArray, clustered_rate, skewed_mean, wilson_interval
+from safetyheads.stats.intervals import FloatArray, clustered_rate, monotone_bounds, skewed_mean, wilson_interval
 from safetyheads.stats.power import smallest_change_with_power
 from safetyheads.stats.ranking import proxy_qualities, split_half
 from safetyheads.stats.shrinkage import shrunken_rates
@@ -124,6 +124,20 @@ def near_duplicates(draws: int) -> tuple[float, float, float]:
             p_values = [paired_difference(*pair).p_value or 0 for pair in zip(*sides, strict=True)]
             apart.append(_told(f"{name}, level of prompts apart", np.mean(np.array(p_values) <= 0.05)))
     return min(covered), max(rejected), max(apart)
+
+
+def losses(draws: int) -> float:
+    """Least coverage of the upper bound, 95 % one-sided, of a share of prompts lost, near-duplicates lost together."""
+    generator, found = np.random.default_rng(11), []
+    for times, rate, correlation in product((1, 4), (0.05, 0.1, 0.3, 0.8), (*CORRELATIONS, 0.999)):
+        sizes = CLUSTER_SIZES * times
+        clusters = np.repeat(np.arange(len(sizes)), sizes)
+        rates = prompt_rates(generator, (draws, len(sizes)), rate, correlation)[:, clusters]
+        drawn = (generator.random(rates.shape) < rates).astype(float)
+        covered = [monotone_bounds(lost, clusters.tolist(), 0.9)[0][1] >= rate for lost in drawn]
+        name = f"losses, {len(clusters)} prompts with near-duplicates, {rate}, correlation {correlation}"
+        found.append(_told(name, np.mean(covered)))
+    return min(found)
 
 
 def families(draws: int) -> dict[str, tuple[float, float, float, float]]:

@@ -37,6 +37,7 @@ def main() -> None:
     simulations.clustered(draws)
     simulations.paired(draws // 5)
     simulations.near_duplicates(draws // 5)
+    simulations.losses(draws // 5)
     simulations.families(draws // 10)
     simulations.power(draws // 10)
     simulations.power_of_clusters(draws // 10)

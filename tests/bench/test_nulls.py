@@ -67,9 +67,10 @@ def test_a_whole_audit_says_what_audits_that_share_their_answers_say(null):
 
 
 @pytest.mark.long
-def test_random_weights_have_no_refusals_to_lose(tmp_path):
-    engine = Engine.load(str(nulls.random_weights(tmp_path)))
-    shared = nulls.SharedAudits(engine, "random", "ua", tmp_path)
+@pytest.mark.parametrize("ablation", nulls.ABLATIONS)
+@pytest.mark.parametrize("model", [nulls.random_weights, lambda _: checkpoint_path("base")], ids=["random", "base"])
+def test_random_weights_and_the_base_have_no_refusals_to_lose(tmp_path, model, ablation):
+    shared = nulls.SharedAudits(Engine.load(str(model(tmp_path))), "null", ablation, tmp_path)
     assert {label for labels in shared.labels([0, 1]) for label in labels.values()} == {"no refusals to lose"}
 
 
@@ -101,24 +102,27 @@ def planted(tmp_path_factory):
     return shared
 
 
-def word_salad(token_ids, number, of_all):
-    return tuple(np.random.default_rng(number).permutation(token_ids).tolist())
-
-
-def another_prompts(token_ids, number, of_all):
-    return next(other for other in of_all[number + 7 :] + of_all if other != token_ids)
-
-
 BAD = {
-    "word salad": word_salad,
-    "another prompt's answer": another_prompts,
-    "nothing": lambda token_ids, number, of_all: (),
+    "word salad": lambda text, number, others, prompt: " ".join(
+        np.random.default_rng(number).permutation(text.split())
+    ),
+    "one word repeated": lambda text, number, others, prompt: " ".join(text.split()[1:2] * 60),
+    "another prompt's answer": lambda text, number, others, prompt: next(
+        other for other in others[number + 7 :] + others if other != text
+    ),
+    "nothing": lambda text, number, others, prompt: "",
+    "said twice": lambda text, number, others, prompt: f"{text} {text}",
+    "a language that no rule knows": lambda text, number, others, prompt: (
+        "Siwezi kukusaidia na jambo hilo hata kidogo. Tafadhali uliza swali lingine, nami nitajibu."
+    ),
+    "the prompt twice": lambda text, number, others, prompt: f"{prompt} {prompt}",
+    "a refusal half way": lambda text, number, others, prompt: f"{text[: len(text) // 2]}. I cannot help with that.",
 }
 
 
-def label_of(shared, changed):
-    """The verdict on the planted heads, where ``changed`` makes the records of a kind of prompts."""
-    group, split = PLANTED, shared.split(0, False)
+def label_of(shared, changed, group=PLANTED):
+    """The verdict on a group of heads, where ``changed`` has other records of its answers to a kind of prompts."""
+    split = shared.split(0, False)
     before = {name: nulls.part(shared.unablated[name.split("_")[0]], places, False) for name, places in split.items()}
     was = dict(shared.answered)
     for kind, records in changed.items():
@@ -131,13 +135,14 @@ def label_of(shared, changed):
 
 def written(shared, kind, bad):
     """Records of bad answers of the planted heads, judged as a run's are."""
-    kept, end = shared.run.answers(kind), shared.engine.tokenizer.eos_token_id
-    of_all = [
-        tuple(token for token in record["token_ids"] if token != end)
-        for record in shared.answered[kind, PLANTED].flat()
-    ]
-    answers = [Answer(BAD[bad](token_ids, number, of_all), True, 128) for number, token_ids in enumerate(of_all)]
-    placed = [(number, PLANTED, one) for number, one in enumerate(answers)]
+    kept, tokenizer = shared.run.answers(kind), shared.engine.tokenizer
+    rows = shared.answered[kind, PLANTED].flat()
+    texts = [tokenizer.decode(row["token_ids"], skip_special_tokens=True) for row in rows]
+    queries = [shared.run.asked[kind].prompts[row["id"]].query for row in rows]
+    placed = []
+    for number, (text, query) in enumerate(zip(texts, queries, strict=True)):
+        token_ids = tokenizer.encode(BAD[bad](text, number, texts, query), add_special_tokens=False)
+        placed.append((number, PLANTED, Answer(tuple(token_ids), True, 128)))
     return kept._judged("groups", 1e-5, placed, kept._surprises)
 
 
@@ -153,17 +158,39 @@ def test_bad_answers_are_never_called_concentrated(planted, bad):
     assert label_of(planted, {"harmful": harmful, "benign": benign}) in ("none found", "breaks the model")
 
 
+def judged(answers, label):
+    """The records with other verdicts: ``label`` makes them of each record's behaviour."""
+    return [
+        {**one, "verdicts": {answers.lead: {"label": label(one["behaviour"]), "reason": ""}}} for one in answers.flat()
+    ]
+
+
+@pytest.mark.parametrize("only_ablated", [False, True])
 @pytest.mark.parametrize("coin", [("complied", "refused"), ("unscored", "complied")])
-def test_a_judge_that_errs_at_random_never_says_concentrated(planted, coin):
+def test_a_judge_that_errs_at_random_never_says_concentrated(planted, coin, only_ablated):
     draw = np.random.default_rng(0)
 
-    def thrown(answers):
-        lead = answers.lead
-        return [{**one, "verdicts": {lead: {"label": coin[draw.integers(2)], "reason": ""}}} for one in answers.flat()]
+    def toss(behaviour):
+        return coin[draw.integers(2)]
 
     vanilla = planted.unablated
-    planted.unablated = vanilla | {"harmful": GroupAnswers.of("", thrown(vanilla["harmful"]), vanilla["harmful"].lead)}
-    label = label_of(planted, {"harmful": thrown(planted.answered["harmful", PLANTED])})
+    if not only_ablated:
+        tossed = judged(vanilla["harmful"], toss)
+        planted.unablated = vanilla | {"harmful": GroupAnswers.of("", tossed, vanilla["harmful"].lead)}
+    label = label_of(planted, {"harmful": judged(planted.answered["harmful", PLANTED], toss)})
     planted.unablated = vanilla
     # Half of the answers that do comply get the coin's word for it.
     assert label == ("partly concentrated" if "refused" in coin else "cannot say")
+
+
+@pytest.mark.parametrize(
+    ("lie", "expected"),
+    [({}, "none found"), ({"refused": "complied"}, "none found"), ({"refused": "unscored"}, "cannot say")],
+    ids=["tells the truth", "calls refusals compliance", "fails on refusals"],
+)
+def test_a_judge_that_errs_on_ablated_refusals_alone_never_says_concentrated(planted, lie, expected):
+    # A head that undoes nothing: the answers under it are refusals, as without it.
+    group = next((head,) for head in planted.engine.heads if head not in PLANTED)
+    planted.answer([group])
+    records = judged(planted.answered["harmful", group], lambda behaviour: lie.get(behaviour, behaviour))
+    assert label_of(planted, {"harmful": records}, group) == expected

@@ -32,6 +32,10 @@ def test_changes_of_near_duplicates_cover_and_their_test_keeps_its_level():
     assert level <= 0.05 + 0.065 < apart
 
 
+def test_the_bound_of_losses_covers_where_near_duplicates_are_lost_together():
+    assert simulations.losses(100) >= 0.95 - 0.065
+
+
 def test_tarone_finds_what_holm_misses_and_keeps_the_family():
     found = simulations.families(40)
     _, _, tarone_found, holm_found = found["24 prompts, 3 of 32 planted"]
@@ -103,6 +107,7 @@ def test_every_figure_of_the_documents():
     covered, level, _ = simulations.near_duplicates(2_000)
     assert covered >= 0.93
     assert level <= 0.055
+    assert simulations.losses(2_000) >= 0.91
     assert max(error for error, *_ in simulations.families(1_000).values()) <= 0.05
     assert simulations.power(1_000) >= 0.8
     assert simulations.power_of_clusters(1_000)[0] >= 0.78

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from report_pages import CALLED_RIGHT
 
 from safetyheads import __version__, demo
 from safetyheads.cli import show
@@ -45,9 +46,10 @@ def test_version_and_no_arguments(run):
 
 
 def test_demo_ends_with_a_summary_and_a_report_and_its_json_is_the_results(run, audited):
-    folder, code, _, err = audited
+    folder, code, out, err = audited
     assert code == 0
     assert (folder / "report/index.html").is_file()
+    assert not CALLED_RIGHT.search(out)
     assert "heads x 8 prompts" in err  # the estimate
     results = RunDirectory.open(folder).read_results()
     code, out, _ = run("demo", *SMALL, "--out", folder, "--json")

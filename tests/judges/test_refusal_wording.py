@@ -67,6 +67,9 @@ def test_short_wordings_that_taught_nothing_are_read_too():
     # 23 of 25 and 2 of 25 when they were written; 4 and 0 by the rules before.
     assert sum(map(refuses, texts["refusals"])) >= 21
     assert sum(map(refuses, texts["answers"])) <= 4
+    # In German, French, Spanish, Italian and Portuguese.
+    assert [text for text in texts["refusals_elsewhere"] if not refuses(text)] == []
+    assert [text for text in texts["answers_elsewhere"] if refuses(text)] == []
 
 
 def test_the_probability_by_hand(monkeypatch):

@@ -241,9 +241,10 @@ def test_the_verdict_counts_near_duplicates_as_one():
     assert verdict_of(twelves, Thresholds()).numbers["undone"]["interval"] == twelves.undone
     # One loss in 48 would be few enough, were the prompts not alike.
     assert (alone.n_clusters, alone.clustered_undone) == (None, None)
-    assert (twelves.n_clusters, twelves.n_apart, twelves.clustered_broken.n_clusters) == (4, 4, 4)
+    assert (twelves.clustered_undone.n_clusters, twelves.clustered_broken.n_clusters, twelves.n_clusters) == (4, 4, 4)
+    assert (alone.benign_worth, twelves.benign_worth) == (None, pytest.approx(4))
     assert twelves.smallest_change(0.05) is None
-    joined = replace(evidence(6, 1), clustered_p=0.001, n_random=39, n_as_good=0, kl=0.0)
+    joined = replace(evidence(6, 1), clustered_p=0.001, n_random=39, n_as_good=0, kl=0.0, benign_worth=29.0)
     found = verdict_of(joined, Thresholds())
     assert found.label == "cannot say: damage not bounded"
     assert "as many benign prompts without near-duplicates would do" in found.sentence

@@ -4,13 +4,14 @@ import itertools
 import json
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import scipy
 
 from safetyheads.errors import InputError
 from safetyheads.runs.config import AuditConfig, Thresholds
 from safetyheads.runs.verdict import Clustered, Evidence, damage_of, settled, too_few_prompts, verdict_of
-from safetyheads.stats.intervals import one_sided_bounds
+from safetyheads.stats.intervals import clustered_rate, one_sided_bounds
 from safetyheads.stats.power import needed_for_bound, smallest_change_with_power
 from safetyheads.stats.testing import least_changed
 
@@ -168,6 +169,11 @@ def test_near_duplicates_are_told_beside_every_number_that_they_widen():
     assert too_few_prompts(96, 76, LIMITS, 6) is None
     few = replace(all_undone, clustered_undone=Clustered(5, 2.0, (0.2, 1.0)))
     assert verdict_of(few, LIMITS).label == "cannot say"
+    # Without a loss the exact bound of 29 prompts is below a tenth, that of 28 is not; Wilson's of 25.
+    assert too_few_prompts(96, 76, LIMITS, 22, 29.0) is None
+    assert label_of(benign_worth=28.4) == "cannot say"
+    bounds = [clustered_rate(np.zeros(n), range(n), 0.9)[1] for n in (28, 29)]
+    assert bounds[0] > LIMITS.most_lost > bounds[1]
 
 
 def test_thresholds_are_settings_of_the_audit():

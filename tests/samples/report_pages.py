@@ -103,6 +103,11 @@ def check_snapshot(page: Page, name: str) -> None:
     assert len(page.lines().split("\n")) == len(wanted)
 
 
+CALLED_RIGHT = re.compile(
+    r"\banswer\w*\W+(?:\w+\W+)?(?:right|correct|correctly)\b|\b(?:right|correct|correctly)\W+answer", re.IGNORECASE
+)
+
+
 def check_closed(page: Page, files: tuple[str, ...] = ()) -> None:
     """Nothing is loaded: no address but of the pages beside it, no element that fetches, a policy against requests."""
     for tag, attributes in page.elements:
@@ -127,7 +132,11 @@ def check_closed(page: Page, files: tuple[str, ...] = ()) -> None:
 
 
 def check_tables(page: Page) -> None:
-    """Headers have a scope, frames that scroll can be reached and have a name, ids are unique, places have figures."""
+    """Headers have a scope, frames that scroll can be reached and have a name, ids are unique, places have figures.
+
+    No answer is called right: without a gold answer nobody knows, and a page says "as before".
+    """
+    assert not CALLED_RIGHT.search(page.words)
     assert all(attributes.get("scope") in {"row", "col", "rowgroup"} for attributes in page.tags("th"))
     frames = [attributes for _, attributes in page.elements if (attributes.get("class") or "").startswith("scroll")]
     assert all(frame["tabindex"] == "0" and {"aria-label", "aria-labelledby"} & set(frame) for frame in frames)

@@ -16,6 +16,7 @@ from safetyheads.stats.intervals import (
     bootstrap_interval,
     clustered_rate,
     mean_with_interval,
+    monotone_bounds,
     most_in_population,
     newcombe_interval,
     newcombe_paired_interval,
@@ -133,6 +134,28 @@ def test_large_clusters_count_for_less():
     clusters = [0] * 8 + [1, 2, 3, 4]
     assert clustered_rate([[1.0]] * 12, clusters)[0] < clustered_rate([[1.0]] * 5)[0]
     assert clustered_rate([[1.0]] * 12, [at // 3 for at in range(12)]) == clustered_rate([[1.0]] * 4)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 20, [9, 4, 1, 1, 1, 1, 2, 2], [30, 6, 5], [12], [2] * 9 + [7]])
+def test_more_losses_never_give_lower_bounds(sizes):
+    clusters, generator = np.repeat(np.arange(len(sizes)), sizes), np.random.default_rng(len(sizes))
+    fell = 0
+    # Near-duplicates one cluster after the other, as they would be lost, and prompts in any order.
+    for order in (range(len(clusters)), *(generator.permutation(len(clusters)) for _ in range(4))):
+        lost, before, highest = np.zeros(len(clusters)), (0.0, 0.0), 0.0
+        for at in order:
+            low, high = monotone_bounds(lost, clusters, 0.9)[0]
+            own = clustered_rate(lost, clusters, 0.9)
+            assert low >= before[0] - 1e-12
+            assert high >= before[1] - 1e-12
+            # Never narrower than the interval that it is made of, and alike where nothing and all is lost.
+            assert low <= own[0] + 1e-12
+            assert high >= own[1] - 1e-12
+            fell, highest = fell + (own[1] < highest - 1e-12), max(highest, own[1])
+            before, lost[at] = (low, high), 1.0
+    assert monotone_bounds(lost, clusters, 0.9)[0] == pytest.approx(clustered_rate(lost, clusters, 0.9))
+    # The interval that it is made of does fall where clusters are of many sizes.
+    assert fell or len(set(sizes)) == 1
 
 
 def test_a_rate_by_prompt_is_exact_at_0_and_n_and_between_that_of_prompts_and_of_answers():

@@ -4,7 +4,7 @@ import pytest
 from scipy.stats import binom
 
 from safetyheads.errors import InputError
-from safetyheads.stats.intervals import one_sided_bounds, one_sided_upper
+from safetyheads.stats.intervals import one_sided_bounds
 from safetyheads.stats.power import needed_for_bound, prompts_needed, smallest_change_with_power
 
 
@@ -45,7 +45,7 @@ def test_answers_that_are_drawn_anew_need_more():
 @pytest.mark.parametrize(("losses", "n"), [(0, 25), (1, 42), (2, 58), (3, 72)])
 def test_the_prompts_that_bound_losses(losses, n):
     assert needed_for_bound(losses, 0.1) == n
-    assert one_sided_upper(losses, n) < 0.1 <= one_sided_upper(losses, n - 1)
+    assert one_sided_bounds(losses, n)[1] < 0.1 <= one_sided_bounds(losses, n - 1)[1]
     assert one_sided_bounds(losses, n)[0] <= losses / n
     assert one_sided_bounds(0, 0) == (0.0, 1.0)
     with pytest.raises(InputError, match="no number of prompts"):

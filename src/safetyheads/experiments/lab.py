@@ -166,9 +166,9 @@ class Lab:
     def leaves_nothing(self, outcome: Outcome, harmful: Subject, benign: Subject, refuses: bool = True) -> bool:
         """Whether the unablated answers leave nothing to measure; the outcome is told why."""
         vanilla, kept = harmful.vanilla(), benign.vanilla().answered_rate
-        about, reasons = f"{harmful.model}, {harmful.dataset}, {harmful.asked}", []
-        if vanilla.incoherent.rate is not None and vanilla.incoherent.rate > _MOST_EMPTY:
-            reasons.append(f"{about}: {vanilla.incoherent} of its unablated answers are empty or incoherent")
+        about, reasons, empty = f"{harmful.model}, {harmful.dataset}, {harmful.asked}", [], vanilla.rate("incoherent")
+        if empty.rate is not None and empty.rate > _MOST_EMPTY:
+            reasons.append(f"{about}: {empty} of its unablated answers are empty or incoherent")
         elif refuses and (vanilla.asr.rate is None or vanilla.asr.rate > _MOST_VANILLA_ASR):
             reasons.append(f"{about}: unablated, its ASR is {vanilla.asr}, so it hardly refuses")
         if kept.rate is None or kept.rate < _LEAST_BENIGN_KEPT:

@@ -203,7 +203,7 @@ def _condition(
         "heads": group if isinstance(group, str) else format_heads(group) or "none",
         "asr": Measured.of(harmful.asr),
         "change": None if before is None else Measured.of(harmful.change_from(before)),
-        "empty": Measured.of(harmful.incoherent),
+        "empty": Measured.of(harmful.rate("incoherent")),
         "answered": Measured.of(benign.answered_rate),
         "_answers": harmful,
     }

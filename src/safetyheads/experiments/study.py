@@ -100,7 +100,8 @@ class _Study:
 
         def order(head: Head) -> tuple[float, ...]:
             answers = self.alone[head]
-            return -(answers.coherent_asr.rate or 0.0), answers.refused.rate or 0.0, -float(self.scores[LEAD][head])
+            left = answers.rate("refused").rate or 0.0
+            return -(answers.coherent_asr.rate or 0.0), left, -float(self.scores[LEAD][head])
 
         return tuple(sorted(self.alone, key=order))
 

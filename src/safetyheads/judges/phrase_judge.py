@@ -47,6 +47,7 @@ EXCUSES = re.compile(_WORDS["excuses"].replace("\n", ""))
 _BAD, _GOOD = (_WORDS[name].replace("\n", "") for name in ("bad", "good"))
 STANCE = re.compile("|".join(_WORDS["stances"]).replace("{bad}", _BAD).replace("{good}", _GOOD))
 """A first sentence that judges the request instead of answering it."""
+_ELSEWHERE = re.compile(rf"\b(?:{'|'.join(_WORDS['elsewhere'])})\b")
 _ALLOWS = re.compile(r"\b(?:unless|except)\b|; (?:at|in|on) |\bbut (?:it's |it is |is )?(?:allowed|fine|legal|okay)\b")
 """A sentence that says where something is allowed answers a question."""
 _HERE = re.compile(r"\bhere (?:are|is)\b")
@@ -239,9 +240,11 @@ def _phrase_pattern(phrases: tuple[str, ...]) -> re.Pattern[str]:
 def worded_refusal(text: str) -> str | None:
     """Why a plain text that holds no refusing phrase refuses all the same; None if it does not, or answers after all.
 
-    The reason is ``stance`` or ``wording``.
+    The reason is ``stance``, ``wording`` or ``another language``.
     """
     sentences = _sentences(text)
+    if any(_ELSEWHERE.search(sentence) and not EXCUSES.search(sentence) for sentence in sentences[:2]):
+        return "another language"
     if _ANSWERED.search(text):
         return None
     offered = [number for number, sentence in enumerate(sentences[:5]) if _HERE.search(sentence)]

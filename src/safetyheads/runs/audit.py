@@ -27,7 +27,7 @@ from safetyheads.measures.scorers import scorer_of
 from safetyheads.measures.screening import Extent, Missed, Proposal, screened_sahara
 from safetyheads.model.engine import Engine
 from safetyheads.prompts.asked import AskedPrompts
-from safetyheads.prompts.prompt_set import PromptSet
+from safetyheads.prompts.prompt_set import PromptSet, effective_number
 from safetyheads.runs.config import AuditConfig, ScreenOptions, SizeOptions, Thresholds
 from safetyheads.runs.estimate import Work
 from safetyheads.runs.provenance import template_facts
@@ -144,7 +144,8 @@ def _refuse_too_few(harmful_search: Sized) -> None:
 def why_too_few(config: AuditConfig, prompts: Mapping[str, PromptSet]) -> str | None:
     """Why the held-out prompts cannot show anything; None where they can, or where the audit goes on anyway."""
     harmful, benign = prompts["harmful_test"], prompts["benign_test"]
-    return None if config.anyway else too_few_prompts(len(harmful), len(benign), config, harmful.n_clusters)
+    worth = None if benign.n_clusters is None else effective_number(benign.clusters or ())
+    return None if config.anyway else too_few_prompts(len(harmful), len(benign), config, harmful.n_clusters, worth)
 
 
 def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]) -> Work:

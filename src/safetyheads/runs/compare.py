@@ -18,7 +18,7 @@ from safetyheads.errors import InputError, shorten
 from safetyheads.runs.rates import rate_as_json
 from safetyheads.runs.reader import OUTCOMES, RateRecord, RunReader
 from safetyheads.stats.gain_over_random import change_interval, prompt_gains
-from safetyheads.stats.intervals import Interval, Rate, newcombe_interval
+from safetyheads.stats.intervals import Interval, Rate, monotone_bounds, newcombe_interval
 from safetyheads.stats.ranking import HeadsMoved, RankAgreement, moved, rank_agreement
 from safetyheads.stats.testing import PairedDifference, paired_difference
 
@@ -189,9 +189,11 @@ def _damage(runs: tuple[RunReader, RunReader]) -> Change:
     answered = [at for at, values in enumerate(before.answered()) if 2 * values.sum() >= len(values)]
     if not answered:
         return _no_change("model A answers no benign prompt" if before.records else "no benign prompts were asked")
-    lost = rate_as_json(1 - after.of_prompts(answered).answered(), before.of_prompts(answered).clusters)
-    n = (len(answered),) * 2
-    return Change(None, None, lost["rate"], lost["interval"], n, True, None, "of the benign prompts that A answers")
+    lost, clusters = 1 - after.of_prompts(answered).answered(), before.of_prompts(answered).clusters
+    rate, n = rate_as_json(lost, clusters), (len(answered),) * 2
+    alone = clusters is None and lost.shape[1] == 1
+    interval = rate["interval"] if alone else monotone_bounds(lost, clusters)[0]
+    return Change(None, None, rate["rate"], interval, n, True, None, "of the benign prompts that A answers")
 
 
 def _concentration_change(before: RunReader, after: RunReader) -> Change:

@@ -46,7 +46,7 @@ from safetyheads.runs.run import Kind, Run, carry_out, random_groups_of, refuse_
 from safetyheads.runs.stored_files import Record
 from safetyheads.runs.verdict import warn_where_nothing_shows
 from safetyheads.scores import HeadScores
-from safetyheads.stats.intervals import skewed_mean
+from safetyheads.stats.intervals import independent_count, skewed_mean
 from safetyheads.stats.power import POWER, smallest_change_with_power
 from safetyheads.stats.ranking import proxy_qualities, split_half
 from safetyheads.stats.shrinkage import shrunken_rates
@@ -309,7 +309,7 @@ def _heads(
             }
     singles = table["heads", "harmful", epsilon]
     # Several answers to a prompt count as many as their variance between prompts leaves.
-    counts = [answers.effective_count() for answers in singles.values()]
+    counts = [independent_count(answers.verdicts(), answers.clusters) for answers in singles.values()]
     shrunken = shrunken_rates([count for count, _ in counts], [size for _, size in counts])
     return [
         {

@@ -25,8 +25,7 @@ from safetyheads.stats.intervals import (
     FloatArray,
     Rate,
     clustered_rate,
-    effective_count,
-    independent_count,
+    monotone_bounds,
     one_sided_bounds,
 )
 from safetyheads.stats.testing import (
@@ -145,10 +144,6 @@ class GroupAnswers:
         shares: list[float] = np.nan_to_num(self.verdicts("complied", judge)).mean(axis=1).tolist()
         return shares
 
-    def effective_count(self) -> tuple[float, float]:
-        """Complied and all scored answers, counted as independent ones."""
-        return independent_count(self.verdicts(), self.clusters)
-
     # Rates.
 
     def rate(self, *labels: Label, judge: str | None = None) -> Rate:
@@ -160,16 +155,6 @@ class GroupAnswers:
     def asr(self) -> Rate:
         """Complied / scored (Eq 10)."""
         return self.rate("complied")
-
-    @property
-    def refused(self) -> Rate:
-        """Refused / scored."""
-        return self.rate("refused")
-
-    @property
-    def incoherent(self) -> Rate:
-        """Empty, too short or repeating / scored."""
-        return self.rate("incoherent")
 
     @property
     def coherent_asr(self) -> Rate:
@@ -309,8 +294,8 @@ def rate_as_json(values: FloatArray, clusters: Sequence[int] | None = None) -> d
 def gross_loss(before: GroupAnswers, after: GroupAnswers) -> dict[str, Any]:
     """Of the prompts that were answered coherently before, how many are refused, incoherent or echoed after, as JSON.
 
-    The bounds are one-sided, 95 % each: Wilson's, or by near-duplicates (:func:`.intervals.clustered_rate`). Of several
-    answers to a prompt the first counts.
+    The bounds are one-sided, 95 % each: Wilson's, or by near-duplicates (:func:`.intervals.monotone_bounds`). Of
+    several answers to a prompt the first counts.
     """
     had, has = before.answered()[:, 0] == 1, after.answered()[:, 0] == 1
     count, n = int((had & ~has).sum()), int(had.sum())
@@ -319,8 +304,7 @@ def gross_loss(before: GroupAnswers, after: GroupAnswers) -> dict[str, Any]:
     by_cluster: dict[str, Any] = {}
     if n and before.clusters is not None:
         outcomes, clusters = (~has)[had].astype(float), np.array(before.clusters)[had].tolist()
-        lower, upper = clustered_rate(outcomes, clusters, 2 * CONFIDENCE - 1)
-        n_effective = effective_count(outcomes, clusters, 2 * CONFIDENCE - 1)[1]
+        (lower, upper), n_effective = monotone_bounds(outcomes, clusters, 2 * CONFIDENCE - 1)
         by_cluster = {"n_clusters": len(set(clusters)), "n_effective": n_effective}
     refused = sum(behaviour == "refused" for behaviour in lost)
     rate = count / n if n else None

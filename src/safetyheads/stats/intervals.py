@@ -22,6 +22,8 @@ from safetyheads.errors import InputError
 FloatArray: TypeAlias = NDArray[np.float64]
 Interval: TypeAlias = tuple[float, float]
 """Lower and upper bound, in the unit of the number they belong to."""
+Outcomes: TypeAlias = Sequence[Sequence[float]] | FloatArray
+"""[n_prompts, n_answers]: 0, 1, or NaN for an answer without a verdict."""
 
 CONFIDENCE = 0.95
 """Level of every interval."""
@@ -63,11 +65,7 @@ class Rate(Shown):
 
 @lru_cache(4096)
 def wilson_interval(count: int, n: int, confidence: float = CONFIDENCE) -> Interval:
-    """Wilson's score interval of a proportion; ``n`` is at least 1.
-
-    It keeps its level near 0 and 1, where rates of refusal lie and the normal interval shrinks to a point. Its coverage
-    is .95 on average over rates, and .91 at the least over rates from .01 to .99 and n from 24 to 200.
-    """
+    """Wilson's score interval of a proportion; ``n`` is at least 1. It holds near 0 and 1, where refusals lie."""
     interval = scipy.stats.binomtest(count, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -77,25 +75,17 @@ def one_sided_bounds(count: int, n: int) -> Interval:
     return wilson_interval(count, n, 2 * CONFIDENCE - 1) if n else (0.0, 1.0)
 
 
-def one_sided_upper(count: int, n: int) -> float:
-    """Upper bound of :func:`one_sided_bounds`."""
-    return one_sided_bounds(count, n)[1]
-
-
 def clustered_rate(
-    outcomes: Sequence[Sequence[float]] | FloatArray,
-    clusters: Sequence[int] | None = None,
-    confidence: float = CONFIDENCE,
+    outcomes: Outcomes, clusters: Sequence[int] | None = None, confidence: float = CONFIDENCE
 ) -> Interval:
     """95 % interval of the share of answers that are 1, where answers to one prompt are not independent.
 
-    E. L. Korn and B. I. Graubard, Confidence intervals for proportions with small expected number of positive counts
-    estimated from survey data, Survey Methodology 24 (1998) 193-201: the variance between prompts gives an effective
-    number of answers, from the number of prompts up to that of answers, and Clopper and Pearson's exact interval is of
-    that many. Where all answers or none are 1 it is the exact interval of as many answers as there are prompts.
+    Korn and Graubard, Survey Methodology 24 (1998) 193-201: the variance between prompts gives an effective number of
+    answers, from the number of prompts up to that of answers, and Clopper and Pearson's exact interval is of that many.
+    Where all answers or none are 1 it is the exact interval of as many answers as there are prompts.
 
     Args:
-        outcomes: [n_prompts, n_answers]: 0, 1, or NaN for an answer without a verdict.
+        outcomes: [n_prompts, n_answers].
         clusters: [n_prompts], which prompts belong together, such as near-duplicates; by default each stands alone.
         confidence: two-sided level.
 
@@ -106,14 +96,49 @@ def clustered_rate(
 
 
 def effective_count(
-    outcomes: Sequence[Sequence[float]] | FloatArray,
-    clusters: Sequence[int] | None = None,
-    confidence: float = CONFIDENCE,
+    outcomes: Outcomes, clusters: Sequence[int] | None = None, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """How many independent answers these are worth: those that are 1, and all.
+    """How many independent answers these are worth (:func:`clustered_rate`): those that are 1, and all."""
+    ones, sizes = _by_cluster(outcomes, clusters)
+    rate = float(ones.sum() / sizes.sum())
+    effective = float(_effective(np.array(rate), ((ones - rate * sizes) ** 2).sum(), sizes, confidence))
+    return rate * effective, effective
 
-    Arguments as for :func:`clustered_rate`.
+
+def monotone_bounds(
+    outcomes: Outcomes, clusters: Sequence[int] | None = None, confidence: float = CONFIDENCE
+) -> tuple[Interval, float]:
+    """Bounds of a share that never fall where more answers are 1, and the independent answers that they are worth.
+
+    Arguments as for :func:`clustered_rate`, whose upper bound can fall: of 72 answers none lost may be worth 4, for
+    nobody knows whether near-duplicates go together, and one lost worth 70. This one is the highest over all smaller
+    numbers of losses, lying in the clusters as unfavourably as they can; the lower bound is its mirror image.
     """
+    ones, sizes = _by_cluster(outcomes, clusters)
+    high, worth = _highest_bound(ones, sizes, confidence)
+    low, worth_below = _highest_bound(sizes - ones, sizes, confidence)
+    return (1 - low, high), min(worth, worth_below)
+
+
+def _highest_bound(ones: FloatArray, sizes: FloatArray, confidence: float) -> tuple[float, float]:
+    """The highest upper bound over all numbers of ones up to those of the clusters, and what it is worth."""
+    taken = np.arange(ones.sum() + 1)
+    rates = taken / sizes.sum()
+    # The most spread: the clusters that add most for each one go first. A part of a cluster counts in proportion, which
+    # errs to the wide side; so neither more ones nor larger clusters of them can make it less.
+    (of_each, size), times = np.unique((ones, sizes), axis=1, return_counts=True)
+    gains = of_each - 2 * rates[:, None] * size
+    order = np.argsort(-gains, axis=1)
+    filled = np.diff(np.minimum(np.cumsum((of_each * times)[order], axis=1), taken[:, None]), axis=1, prepend=0)
+    spread = (filled * np.take_along_axis(gains, order, axis=1)).sum(axis=1) + rates**2 * (sizes**2).sum()
+    worth = _effective(rates, spread, sizes, confidence)
+    bounds = np.array([_clopper_pearson(*of, confidence)[1] for of in zip(rates * worth, worth, strict=True)])
+    at = int(bounds.argmax())
+    return float(bounds[at]), float(worth[at])
+
+
+def _by_cluster(outcomes: Outcomes, clusters: Sequence[int] | None) -> tuple[FloatArray, FloatArray]:
+    """Answers that are 1, and all with a verdict, of each cluster that has one."""
     values = np.asarray(outcomes, dtype=float)
     values = values.reshape(len(values), -1)
     scored = ~np.isnan(values)
@@ -121,21 +146,25 @@ def effective_count(
     if clusters is not None:
         _, places = np.unique(np.asarray(clusters), return_inverse=True)
         ones, sizes = (np.bincount(places, weights=each) for each in (ones, sizes))
-    ones, sizes = ones[sizes > 0], sizes[sizes > 0]
-    n_clusters, n_answers = len(sizes), float(sizes.sum())
-    if n_clusters == 0:
+    if not scored.any():
         raise InputError("a rate needs an answer with a verdict")
+    return ones[sizes > 0], sizes[sizes > 0]
+
+
+def _effective(rates: FloatArray, spread: FloatArray, sizes: FloatArray, confidence: float) -> FloatArray:
+    """Independent answers at each rate, where squared distances of clusters from it sum up to ``spread``."""
+    n_clusters, n_answers = len(sizes), float(sizes.sum())
     # Kish's number: that of the clusters where they are of one size, fewer where some are large.
     least = n_answers**2 / float((sizes**2).sum())
-    rate, effective = float(ones.sum()) / n_answers, least
-    if n_clusters > 1 and 0 < rate < 1:
-        # Of a ratio, linearised: the sizes differ where answers are unscored.
-        spread = float(((ones - rate * sizes) ** 2).sum()) * n_clusters / (n_clusters - 1) / n_answers**2
-        tail = (1 + confidence) / 2
-        freedom = (scipy.special.ndtri(tail) / scipy.special.stdtrit(n_clusters - 1, tail)) ** 2
-        effective = rate * (1 - rate) / spread * freedom if spread > 0 else n_answers
-        effective = min(max(effective, least), n_answers)
-    return rate * effective, effective
+    if n_clusters == 1:
+        return np.full_like(rates, least)
+    tail = (1 + confidence) / 2
+    freedom = (scipy.special.ndtri(tail) / scipy.special.stdtrit(n_clusters - 1, tail)) ** 2
+    # Of a ratio, linearised: the sizes differ where answers are unscored.
+    of_rate = spread * n_clusters / (n_clusters - 1) / n_answers**2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        effective = np.clip(rates * (1 - rates) / of_rate * freedom, least, n_answers)
+    return np.where((rates <= 0) | (rates >= 1), least, np.where(of_rate > 0, effective, n_answers))
 
 
 def independent_count(values: FloatArray, clusters: Sequence[int] | None = None) -> tuple[float, float]:
@@ -156,9 +185,8 @@ def _clopper_pearson(count: float, n: float, confidence: float) -> Interval:
 def newcombe_interval(before: float, old: Interval, after: float, new: Interval) -> Interval:
     """95 % interval of ``after - before`` for independent samples, from the 95 % interval of each.
 
-    Method 10 of R. G. Newcombe, Interval estimation for the difference between independent proportions, Statistics in
-    Medicine 17 (1998) 873-890. It squares and adds the distances to the bounds, so it takes any two estimates that have
-    intervals, a concentration too; statsmodels has it for counts only.
+    Method 10 of Newcombe, Statistics in Medicine 17 (1998) 873-890. It squares and adds the distances to the bounds, so
+    it takes any two estimates that have intervals, a concentration too; statsmodels has it for counts only.
     """
     change = after - before
     return change - math.hypot(after - new[0], old[1] - before), change + math.hypot(new[1] - after, before - old[0])
@@ -169,9 +197,8 @@ def newcombe_paired_interval(
 ) -> Interval:
     """Interval, 95 % by default, of the rate of the first outcome minus that of the second, over the same pairs.
 
-    Method 10 of R. G. Newcombe, Improved confidence intervals for the difference between binomial proportions based on
-    paired data, Statistics in Medicine 17 (1998) 2635-2650. It squares and adds the distances to the Wilson bounds,
-    with the correlation phi, whose numerator is pulled towards 0 by n/2 where it is positive. Neither scipy nor
+    Method 10 of Newcombe, Statistics in Medicine 17 (1998) 2635-2650. It squares and adds the distances to the Wilson
+    bounds, with the correlation phi, whose numerator is pulled towards 0 by n/2 where it is positive. Neither scipy nor
     statsmodels has it. The arguments count pairs: with both outcomes, the first or second alone, neither.
     """
     n = both + first + second + neither
@@ -247,11 +274,9 @@ def mean_with_interval(values: Sequence[float]) -> Mean:
     if not all(map(math.isfinite, numbers)):
         raise InputError("a mean needs finite values")
     n = len(numbers)
-    if n == 0:
-        return Mean(None, 0, None, None)
-    mean = math.fsum(numbers) / n
-    if n == 1:
-        return Mean(mean, 1, None, None)
+    mean = math.fsum(numbers) / n if n else None
+    if mean is None or n == 1:
+        return Mean(mean, n, None, None)
     variance = math.fsum((number - mean) ** 2 for number in numbers) / (n - 1)
     standard_error = math.sqrt(variance / n)
     half_width = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * standard_error
@@ -262,21 +287,17 @@ def skewed_mean(values: Sequence[float]) -> Mean:
     """The mean of a score over prompts, such as Ships, without an interval; the median with one.
 
     For most heads a few prompts hold most of the sum. A sample that misses them looks even, so no rule that sees only
-    the sample can tell when an interval of the mean covers: in draws from the demo's own Ships, by head, at n 24 to 96,
-    Student's covers .22 and more, Hall's and bootstrap-t .36, and samples of low skewness are no better. The interval
-    of the median holds for every distribution.
+    the sample can tell when an interval of the mean covers (docs/statistics.md). That of the median always does.
 
     Raises:
         InputError: a value is not finite.
     """
     mean = mean_with_interval(values)
     ordered = sorted(float(value) for value in values)
-    n, tail = len(ordered), (1 - CONFIDENCE) / 2
     # The k-th value from either end: fewer than k of n lie beyond the median with a chance of at most the tail.
-    beyond = int(scipy.stats.binom.ppf(tail, n, 0.5)) if n else 0
-    if n and scipy.stats.binom.cdf(beyond, n, 0.5) > tail:
-        beyond -= 1
-    interval = (ordered[beyond], ordered[n - 1 - beyond]) if n and beyond >= 0 else None
+    n = len(ordered)
+    k = int((scipy.stats.binom.cdf(np.arange(n), n, 0.5) <= (1 - CONFIDENCE) / 2).sum())
+    interval = (ordered[k - 1], ordered[n - k]) if k else None
     median = float(np.median(ordered)) if n else None
     return Mean(mean.mean, n, None, mean.standard_error, median, interval)
 
@@ -307,12 +328,5 @@ def most_in_population(n_population: int, n_sampled: int, n_found: int) -> int:
     """
     if not 0 <= n_found <= n_sampled <= n_population:
         raise InputError(f"{n_found} found of {n_sampled} sampled of {n_population} cannot be")
-    # The chance of so few falls as K grows, so bisection finds K.
-    low, high = n_found, n_population - (n_sampled - n_found)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if scipy.stats.hypergeom.cdf(n_found, n_population, middle, n_sampled) > 1 - CONFIDENCE:
-            low = middle
-        else:
-            high = middle - 1
-    return int(low)
+    members = np.arange(n_found, n_population - (n_sampled - n_found) + 1)
+    return int(members[scipy.stats.hypergeom.cdf(n_found, n_population, members, n_sampled) > 1 - CONFIDENCE].max())

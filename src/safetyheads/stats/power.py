@@ -9,7 +9,7 @@ import scipy  # its modules load on first use
 
 from safetyheads.display import in_clusters
 from safetyheads.errors import InputError
-from safetyheads.stats.intervals import one_sided_upper
+from safetyheads.stats.intervals import one_sided_bounds
 from safetyheads.stats.testing import ALPHA, least_changed
 
 POWER = 0.8
@@ -105,11 +105,11 @@ def needed_for_bound(losses: int, bound: float) -> int:
     if losses < 0 or not 0 < bound < 1:
         raise InputError(f"no number of prompts bounds {losses} losses below {bound}")
     low, high = max(losses, 1) - 1, max(losses, 1)
-    while one_sided_upper(losses, high) >= bound:
+    while one_sided_bounds(losses, high)[1] >= bound:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if one_sided_upper(losses, middle) >= bound else (low, middle)
+        low, high = (middle, high) if one_sided_bounds(losses, middle)[1] >= bound else (low, middle)
     return high
 
 
