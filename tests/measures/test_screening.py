@@ -43,10 +43,12 @@ from safetyheads.model.planning import TokenSequence
 
 PROMPTS = (
     (5, 9, 12, 40, 41, 8, 3, 22, 17, 30, 2),
-    (5, 9, 12, 40, 41, 8, 3, 60, 11),
-    (5, 9, 12, 40, 7, 7, 19, 33, 50, 21, 44, 10, 6),
+    (6, 9, 12, 40, 41, 8, 3, 60, 11),
+    (7, 9, 12, 40, 7, 7, 19, 33, 50, 21, 44, 10, 6),
 )
 SEQUENCES = tuple(TokenSequence(ids) for ids in PROMPTS)
+ALIKE = tuple(TokenSequence((1, 2, 3, 4, *ids)) for ids in PROMPTS)
+"""They share four first tokens."""
 HEADS = (Head(0, 1), Head(1, 3), Head(2, 0))
 # Central differences of step 0.02, in float64 (norms are float32 even there), miss what is of third order; measured: up
 # to 2e-3 of a move. A wrong head, token or prompt is off by its whole size.
@@ -215,6 +217,21 @@ def test_without_a_quick_path_or_in_more_rows_the_forecast_is_the_same(engine):
         for each in (engine, narrow)
     )
     assert torch.equal(whole[1], divided[1])
+
+
+def test_a_shared_prefix_is_computed_once_and_what_it_adds_is_shared_out(engine):
+    def moves_of(engine, sequences):
+        return Lineariser(engine, sequences, UNDIFFERENTIATED_ATTENTION, n_tokens=2).at(Point(0.0, 2)).moves
+
+    together = moves_of(engine, ALIKE)
+    alone = torch.cat([moves_of(engine, [sequence]) for sequence in ALIKE])
+    assert torch.allclose(together.sum(dim=0), alone.sum(dim=0), rtol=1e-3, atol=1e-5)
+    assert float((together - alone).abs().max()) > 1e-3  # or nothing was shared out
+    for other in (
+        engine_of("llama_gqa", token_budget=14),
+        engine_of("llama_gqa", capabilities=Capabilities(packs=False)),
+    ):
+        assert torch.allclose(together, moves_of(other, ALIKE), rtol=1e-3, atol=1e-5)
 
 
 def test_the_model_is_left_as_it_was():

@@ -4,7 +4,8 @@ The gradient of a KL divergence is zero where nothing is ablated, so the logits 
 
 1. one forward keeps each head's output and the change that the ablation makes to it (one more attention call a layer);
 2. one backward for each of the m most probable next tokens gives d logit / d output at every head;
-3. output change times gradient, summed over a prompt's tokens, is the first-order change of that logit;
+3. output change times gradient, summed over a prompt's tokens, is the first-order change of that logit; what the
+   tokens add that all prompts begin with is known as a sum over the prompts, and each gets the mean;
 4. the forecast is the exact KL between the distributions over these tokens, and all others as one, before and after;
 5. changes within the others are of second order: half their probability times the mean square of the changes of
    log p(token | others), over tokens sampled from them (the Fisher form; it matters where no token is likely).
@@ -37,7 +38,15 @@ from safetyheads.heads import Group, Head, within
 from safetyheads.measures.head_pass import Forecast, HeadPass, log_odds
 from safetyheads.measures.sahara import sahara
 from safetyheads.model.attention import AttentionCall
-from safetyheads.model.planning import PackedRow, TokenSequence, first_wanted, pack, prompt_of_wanted, row_sizes
+from safetyheads.model.planning import (
+    PackedRow,
+    TokenSequence,
+    first_wanted,
+    pack,
+    prompt_of_wanted,
+    row_sizes,
+    shared_prefix,
+)
 from safetyheads.model.replay import wanted_states
 from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
 from safetyheads.stats.intervals import CONFIDENCE, most_in_population
@@ -187,6 +196,7 @@ class Lineariser(NamedTuple):
     def at(self, point: Point, common: Group = (), followed: Followed | None = None, gradients: bool = True) -> Linear:
         """Linearise at one point with the ``common`` heads ablated; without ``followed`` this model chooses tokens."""
         n_states = sum(sequence.n_wanted for sequence in self.sequences)
+        prefix = shared_prefix(self.sequences) if len(self.sequences) > 1 else 0
         uniforms = torch.rand(n_states, point.n_samples, generator=torch.Generator().manual_seed(0))
         parts, done = [], 0
         with ExitStack() as stack:
@@ -194,15 +204,16 @@ class Lineariser(NamedTuple):
             stack.enter_context(gradients_of(self.engine.model))
             stack.enter_context(torch.set_grad_enabled(gradients))
             for members in self._rows():
-                # Each prompt has its own prefix here: gradients of a shared one would be sums over the prompts.
-                row = pack(self.sequences, members, self.engine.device, shares_prefix=False)
+                row = pack(self.sequences, members, self.engine.device, prefix)
                 here = slice(done, done + len(row.wanted))
                 known = None if followed is None else (followed[0][here], followed[1][here])
-                parts.append(self._linearise_row(row, point, common, known, uniforms[here]))
+                parts.append(self._linearise_row(row, point, common, known, uniforms[here], prefix))
                 done = here.stop
         tokens, samples = (torch.cat(tensors) for tensors in zip(*(part.followed for part in parts), strict=True))
-        tensors = (torch.cat(side) for side in zip(*(part[2:] for part in parts), strict=True))
-        return Linear(point, (tokens, samples), *tensors)
+        log_p, others, refusal, moves = zip(*(part[2:] for part in parts), strict=True)
+        own, of_prefix = (torch.cat(side) for side in zip(*((rows[:-1], rows[-1:]) for rows in moves), strict=True))
+        all_moves = own + of_prefix.sum(dim=0) / n_states
+        return Linear(point, (tokens, samples), torch.cat(log_p), torch.cat(others), torch.cat(refusal), all_moves)
 
     def _rows(self) -> list[list[int]]:
         """Which sequences share a row: as many as memory allows with all layers' activations kept for backward."""
@@ -219,9 +230,18 @@ class Lineariser(NamedTuple):
         return rows
 
     def _linearise_row(
-        self, row: PackedRow, point: Point, common: Group, followed: Followed | None, uniforms: Tensor
+        self,
+        row: PackedRow,
+        point: Point,
+        common: Group,
+        followed: Followed | None,
+        uniforms: Tensor,
+        n_prefix: int,
     ) -> Linear:
-        """One forward over a packed row, and its backward passes where gradients are recorded."""
+        """One forward over a packed row, and its backward passes where gradients are recorded.
+
+        The moves end with those of the prefix.
+        """
         outputs: list[Tensor] = []  # of each layer's heads, [1, n_tokens, n_heads, d_value]
         changes: list[Tensor] = []  # by the ablation of each head
         calls = self._comparing_calls(row, point, common, outputs, changes)
@@ -240,7 +260,7 @@ class Lineariser(NamedTuple):
         if self.openers:
             parts.append(log_odds(log_probabilities, self.openers)[:, None])
         columns = torch.cat(parts, dim=-1)
-        moves = self._moves(row, columns, outputs, changes)
+        moves = self._moves(row, columns, outputs, changes, n_prefix)
         refusal = columns[:, -1].detach().cpu() if self.openers else torch.zeros(len(columns), dtype=torch.float64)
         with torch.no_grad():
             log_p = log_probabilities.gather(-1, tokens).cpu()
@@ -248,14 +268,20 @@ class Lineariser(NamedTuple):
             others = torch.stack([rest.logsumexp(dim=-1) for rest in without], dim=-1).cpu()
         return Linear(point, followed, log_p, others, refusal, moves)
 
-    def _moves(self, row: PackedRow, columns: Tensor, outputs: Sequence[Tensor], changes: Sequence[Tensor]) -> Tensor:
-        """First-order change of each column by each head's ablation [n_states, n_layers, n_heads, columns]."""
+    def _moves(
+        self, row: PackedRow, columns: Tensor, outputs: Sequence[Tensor], changes: Sequence[Tensor], n_prefix: int
+    ) -> Tensor:
+        """First-order change of each column by each head's ablation [n_states + 1, n_layers, n_heads, columns].
+
+        The last is what the first ``n_prefix`` tokens of all prompts add, summed over the states.
+        """
         engine = self.engine
-        moves = torch.zeros(len(columns), engine.n_layers, engine.n_heads, columns.shape[1], dtype=torch.float64)
+        moves = torch.zeros(len(columns) + 1, engine.n_layers, engine.n_heads, columns.shape[1], dtype=torch.float64)
         for layer, shape in enumerate(engine.architecture.shapes):
             moves[:, layer, shape.n_heads if shape else 0 :] = torch.nan
-        prompts = row.packing.segments - 1  # of each token
-        prompt_of = prompts[row.wanted]
+        # Of each token; 0 is the prefix, which a prompt alone in its row has among its own tokens.
+        prompts = row.packing.segments * (row.packing.positions >= n_prefix)
+        prompt_of = row.packing.segments[row.wanted].cpu()
         # The states of the row in turns, each with at most one state of each prompt.
         numbers = prompt_of.tolist()
         turn_of = [numbers[:state].count(prompt) for state, prompt in enumerate(numbers)]
@@ -265,9 +291,10 @@ class Lineariser(NamedTuple):
             gradients = torch.autograd.grad(columns[states, column].sum(), outputs, retain_graph=True)
             for layer, gradient, change in zip(engine.architecture.with_heads, gradients, changes, strict=True):
                 by_token = (gradient * change)[0].double().sum(dim=-1)  # [n_tokens, n_heads]
-                by_prompt = by_token.new_zeros(len(row.members), by_token.shape[1])
+                by_prompt = by_token.new_zeros(1 + len(row.members), by_token.shape[1])
                 by_prompt = by_prompt.index_add(0, prompts.to(by_token.device), by_token).cpu()
-                moves[states, layer, : by_token.shape[1], column] = by_prompt[prompt_of[states].cpu()]
+                moves[states, layer, : by_token.shape[1], column] = by_prompt[prompt_of[states]]
+                moves[-1, layer, : by_token.shape[1], column] += by_prompt[0]
         return moves
 
     def _comparing_calls(

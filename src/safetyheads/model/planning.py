@@ -105,11 +105,12 @@ def pack(
     sequences: Sequence[TokenSequence],
     members: Sequence[int],
     device: torch.device | str = "cpu",
-    shares_prefix: bool = True,
+    longest_prefix: int | None = None,
 ) -> PackedRow:
-    """Lay the ``members`` of ``sequences`` in one row, their common prefix once, or with each of them."""
+    """Lay the ``members`` of ``sequences`` in one row, their common prefix (or so much of it) once."""
     chosen = [sequences[member] for member in members]
-    prefix = shared_prefix(chosen) if shares_prefix and len(chosen) > 1 else 0
+    prefix = shared_prefix(chosen) if len(chosen) > 1 else 0
+    prefix = prefix if longest_prefix is None else min(prefix, longest_prefix)
     token_ids = list(chosen[0].token_ids[:prefix])
     positions, segments = list(range(prefix)), [0] * prefix
     wanted: list[int] = []
@@ -289,12 +290,12 @@ class RowSize(NamedTuple):
     """Most tokens of a prompt behind the prefix."""
 
 
-def row_sizes(sequences: Sequence[TokenSequence], plan: Plan, shares_prefix: bool = True) -> tuple[RowSize, ...]:
+def row_sizes(sequences: Sequence[TokenSequence], plan: Plan) -> tuple[RowSize, ...]:
     """The sizes of a plan's rows."""
     sizes = []
     for row in plan.rows:
         members = [sequences[member] for member in row]
-        prefix = shared_prefix(members) if shares_prefix and len(members) > 1 else 0
+        prefix = shared_prefix(members) if len(members) > 1 else 0
         lengths = [len(member.token_ids) for member in members]
         sizes.append(
             RowSize(
@@ -377,7 +378,7 @@ class ModelCosts:
 
         A backward pass costs what a forward does, because no weight needs a gradient; its attention 2.5 times as much.
         """
-        (row,) = row_sizes(sequences, Plan((tuple(range(len(sequences))),), 1, 1), shares_prefix=False)
+        (row,) = row_sizes(sequences, Plan((tuple(range(len(sequences))),), 1, 1))
         tokens, pairs = self.token * row.n_tokens, self.pair * row.n_pairs
         forwards = len(n_columns) * (tokens + 2 * pairs)
         return self.architecture.n_layers * (forwards + sum(n_columns) * (tokens + 2.5 * pairs))
