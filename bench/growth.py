@@ -192,7 +192,7 @@ def many_runs(folder: Path) -> Iterator[dict[str, Any]]:
     started = Elapsed()
     found = read_history(folder)
     read = started()
-    page = write_history(found)
+    page, _ = write_history(found)
     yield {"runs": len(found["runs"]), "read": read, "whole": started(), "bytes": page.stat().st_size}
 
 

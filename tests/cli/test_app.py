@@ -13,7 +13,6 @@ import pytest
 from report_pages import CALLED_RIGHT
 
 from safetyheads import __version__, demo
-from safetyheads.cli import show
 from safetyheads.runs.config import AsrConfig, AuditConfig
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.start import settled
@@ -36,6 +35,13 @@ def found_by(run, command):
     code, out, err = run(*command.replace("DEMO", DEMO).split(), "--json")
     assert code == 0, err
     return json.loads(out), err
+
+
+def printed_by(run, command):
+    """What a finished command prints, in one line without frames."""
+    code, out, err = run(*command.replace("DEMO", DEMO).split())
+    assert code == 0, err
+    return " ".join(out.replace("│", " ").split())
 
 
 def test_version_and_no_arguments(run):
@@ -128,21 +134,20 @@ def test_ships_ranks_the_planted_heads_first_and_a_screening_is_exact_and_bounds
         "--limit 12 --score generalized_ships_prompt --rank 2 --centred --state before_norm",
     ],
 )
-def test_sahara_shows_its_steps_and_a_screened_one_finds_the_planted_heads(run, capsys, options):
+def test_sahara_shows_its_steps_and_a_screened_one_finds_the_planted_heads(run, options):
     found = found_by(run, f"sahara DEMO {options}")[0]
     assert len(found["steps"]) == 3
-    show.show_steps(found)
-    printed = capsys.readouterr().out
-    assert ",".join(found["group"]) in printed
+    printed = printed_by(run, f"sahara DEMO {options}")
+    assert ", ".join(found["group"]) in printed
     screened = "--screen" in options
-    assert bool(found["openers"]) == ("Openers" in printed) == screened
+    assert bool(found["openers"]) == ("How refusals open" in printed) == screened
     if screened:
         assert (set(found["group"]), found["forecast"]) == (PLANTED, "refusal_score")
         missed = [step["missed"] for step in found["screening"]]
         assert [(step["top"], step["n_others"]) for step in missed] == [(1, 24), (1, 23), (1, 22)]
 
 
-def test_asr_stands_beside_the_unablated_model_and_shows_no_answer(run, capsys):
+def test_asr_stands_beside_the_unablated_model_and_shows_no_answer(run):
     # The organism's context is 512 tokens, so 500 new ones do not fit behind every prompt.
     found, _ = found_by(run, f"asr DEMO --limit 24 --max-new-tokens 500 --heads {','.join(PLANTED)}")
     vanilla, ablated = found["rates"]
@@ -151,8 +156,8 @@ def test_asr_stands_beside_the_unablated_model_and_shows_no_answer(run, capsys):
     assert ablated["change"]["gained"] == ablated["asr"]["count"]
     assert any("answers to such prompts are cut short" in line for line in found["warnings"])
     assert '"text"' not in json.dumps(found)
-    show.show_rates(found)
-    assert "phrase: i cannot" in capsys.readouterr().out
+    printed = printed_by(run, f"asr DEMO --limit 24 --max-new-tokens 500 --heads {','.join(PLANTED)}")
+    assert "phrase: i cannot" in printed
 
 
 def test_directories_are_named_for_what_they_hold():

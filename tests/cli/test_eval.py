@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from lm_eval.tasks import TaskManager
 
-from safetyheads.cli.show import show_evaluation
+from safetyheads.cli.show import show_results
 from safetyheads.integrations import lm_eval, utility
+from safetyheads.reports.evaluation import render_evaluation
 from safetyheads.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -26,7 +27,7 @@ def test_a_new_user_reads_vanilla_beside_each_group_and_json_has_every_number_wi
     assert (vanilla["difference"], ablated["difference"]["n"]) == (None, 10)
     assert len(ablated["difference"]["interval"]) == len(ablated["interval"]) == 2
     assert ablated["difference"]["test"] == "exact McNemar"
-    show_evaluation(found)
+    show_results(found, render_evaluation(found, {"config": {}}).tables)
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("organism")]
     assert [line[3] for line in lines] == ["none", "1-3,2-5,2-1", "1-3"]
 

@@ -45,4 +45,4 @@ def test_a_sheet_is_written_filled_in_and_read_back(run, refused, folder):
     assert (accuracy["sensitivity"]["rate"], accuracy["specificity"]["rate"]) == (1.0, 1.0)
     # They stand in the results and on the page too.
     assert json.loads((folder / "results.json").read_text())["validation"].keys() == found.keys()
-    assert "Against people’s labels" in (folder / "report/index.html").read_text()
+    assert "against people’s labels" in (folder / "report/index.html").read_text()

@@ -15,6 +15,8 @@ from run_samples import audit_run, settings
 
 from safetyheads.cli import show
 from safetyheads.cli.terminal import Terminal, terminal_text
+from safetyheads.reports.tables import Cell, Column
+from safetyheads.reports.tables import Table as Shown
 from safetyheads.runs.directory import RunDirectory
 
 # Clears the screen, sets a title, makes a link, moves up; C1's escape; bidi overrides, zero widths, tags; half a pair.
@@ -57,10 +59,12 @@ def test_a_console_prints_nothing_that_is_obeyed(thing):
 
 
 def test_tables_lines_facts_and_progress_are_inert_and_lines_stay_lines(capsys):
-    number = show.Number(EVIL, EVIL, EVIL, EVIL)
-    show.print_table(EVIL, [EVIL, "n"], [[EVIL, number], [Text(EVIL), number]], EVIL)
-    show.print_table("narrow", ["x" * 200], [[EVIL + "y" * 200], [number]])
-    show.print_facts(EVIL, {EVIL: EVIL})
+    number, name = Cell(EVIL, EVIL, EVIL, EVIL), Cell(EVIL, is_text=True)
+    columns, rows = [Column(EVIL, EVIL, is_text=True), Column("n")], [[name, number], [Text(EVIL), number], EVIL]
+    show.print_table(Shown(EVIL, columns, rows, EVIL))
+    wide = [[Cell(EVIL + "y" * 200, is_text=True), number]] * 2
+    show.print_table(Shown("narrow", [Column("x" * 200), Column(EVIL)], wide))
+    show.print_facts(EVIL, {EVIL: name})
     show.print_lines([EVIL])
     show.print_error(EVIL)
     show.progress_for(quiet=False).say(EVIL)

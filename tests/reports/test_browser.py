@@ -69,10 +69,10 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     run_sahara(engine, SaharaConfig(**SMALL, size=2), folder / "sahara")
     written |= {name: write_report(RunDirectory.open(folder / name), show_completions=True) for name in STEPS}
     history = read_history(folder)
-    written["whole_history"] = write_history(history).rename(folder / "whole_history.html")
+    written["whole_history"] = write_history(history)[0].rename(folder / "whole_history.html")
     for entry in history["runs"]:
         entry |= {"name": payload, "model": payload, "top_heads": [payload], "group": [payload]}
-    written["history"] = write_history({**history, "skipped": [{"name": payload, "reason": payload}]})
+    written["history"] = write_history({**history, "skipped": [{"name": payload, "reason": payload}]})[0]
     html, script = written["audit"].read_text(), "<script>window.ran = 1</script>"
     written["unescaped"] = folder / "unescaped.html"
     written["unescaped"].write_text(

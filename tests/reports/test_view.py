@@ -96,4 +96,4 @@ def test_the_page_of_an_evaluation_has_every_metric_and_change() -> None:
     check_tables(page)
     check_closed(page)
     assert all(said in page.words.replace("\xa0", " ") for said in ("−0.10 [−0.20, −0.01]", "m<script>", "+3.00"))
-    assert [row["label"] for row in page.charts["changes"]["datasets"]["rows"]] == ["arc acc, 2-26"]
+    assert [row["x"] for row in page.charts["changes"]["datasets"]["rows"]] == ["arc acc, 2-26"]

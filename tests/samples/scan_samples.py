@@ -159,6 +159,7 @@ def about(sample: Sample) -> dict[str, Any]:
         "openers": [],
         "economy": counts | tokens,
         "planted_heads": ["0-1", "1-2"],
+        "coherence": {"limit": 0.5, "n": 12},
         "caveats": [DEMO_CAVEAT, *CAVEATS],
         "warnings": ["2 prompts are longer than the shared row and were packed alone."],
     }

@@ -26,8 +26,11 @@ from safetyheads.cli import show
 from safetyheads.cli.options import (
     PANELS,
     DirectoryOptions,
+    GateOptions,
     Given,
+    LabelOptions,
     OutputOptions,
+    PresetOptions,
     ReportOptions,
     RunOptions,
     SweepOptions,
@@ -58,6 +61,7 @@ from safetyheads.runs.start import load_engine, refuse_missing, settled, silence
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
     from safetyheads.prompts.prompt_set import PromptSet
+    from safetyheads.reports.tables import Table
 
 Config = TypeVar("Config", bound=ModelOptions)
 
@@ -103,20 +107,13 @@ def demo(
 def audit(
     *,
     config: Annotated[dict[str, Any], Given(AuditConfig)],
-    preset: Annotated[
-        str,
-        Parameter(
-            help="Settings by name, over which options win: quick (a first look), standard, or paper (the paper's "
-            "template, judge and sizes).",
-            group=PANELS["Settings"],
-        ),
-    ] = "standard",
+    start: PresetOptions,
     where: RunOptions,
     report: ReportOptions,
     output: OutputOptions,
 ) -> int:
     """Score every head, find the safety group, show what its ablation does, and write a report."""
-    return _audit(AuditConfig(**preset_settings(preset) | config), where, report, output)
+    return _audit(AuditConfig(**preset_settings(start.preset) | config), where, report, output)
 
 
 def _audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output: OutputOptions) -> int:
@@ -129,7 +126,7 @@ def _audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output
         sentence = f"Cannot say: {too_few}. The model was not loaded; --anyway goes on."
         return {"verdict": {"label": "cannot say", "sentence": sentence, "stopped_early": True}}
 
-    return _run("audit", config, where, output, read_prompts, run_audit, show.show_audit, report, without_model)
+    return _run("audit", config, where, output, read_prompts, run_audit, report, without_model=without_model)
 
 
 @command
@@ -138,7 +135,7 @@ def scan(config: ScanConfig, where: RunOptions, report: ReportOptions, output: O
     from safetyheads.runs.exhaustive_scan import run_scan
     from safetyheads.runs.run import read_sets
 
-    return _run("scan", config, where, output, read_sets, run_scan, show.show_scan, report)
+    return _run("scan", config, where, output, read_sets, run_scan, report)
 
 
 @command
@@ -184,15 +181,15 @@ def sweep(
         lines = [f"{place.name}: {line}" for place, cost in costs.items() for line in cost["lines"]]
         seconds = {"at_most": sum(cost["seconds"]["at_most"] for cost in costs.values())}
         found = {"dry_run": True, "kind": "sweep", "out": str(out), "lines": lines, "seconds": seconds}
-        _show(found | {"stages": [f"{len(audits)} audits"]}, output, lambda: None)
+        _show(found | {"stages": [f"{len(audits)} audits"]}, output)
     elif costs:
         for place in costs:
             write_report(RunDirectory.open(place), show_completions=report.show_completions)
         swept = sweep_results(out, failed)
-        page = write_history(swept)
+        path, page = write_history(swept)
         for compared in swept["comparisons"]:
             write_comparison(compared, out / "compared" / compared["names"][1])
-        _show(swept | {"page": str(page)}, output, lambda: show.show_history(swept, page))
+        _show(swept | {"page": str(path)}, output, lambda: show.show_page(page.tables, "History", path))
     return 0 if not failed else 3 if all(isinstance(error, IncompleteError) for error in failed.values()) else 2
 
 
@@ -209,8 +206,7 @@ def ships(
 
     if top < 1:
         raise InputError(f"top must be at least 1; got {top}")
-    display = partial(show.show_ranking, top=top)
-    return _run("ships", config, where, output, read_prompts, run_ships, display)
+    return _run("ships", config, where, output, read_prompts, run_ships, first=top)
 
 
 @command
@@ -218,7 +214,7 @@ def sahara(config: SaharaConfig, where: RunOptions, output: OutputOptions) -> in
     """Search for the group of heads with the largest score (Algorithm 1), and write a report."""
     from safetyheads.runs.single_steps import read_prompts, run_sahara
 
-    return _run("sahara", config, where, output, read_prompts, run_sahara, show.show_steps)
+    return _run("sahara", config, where, output, read_prompts, run_sahara)
 
 
 @command
@@ -226,7 +222,7 @@ def asr(config: AsrConfig, where: RunOptions, report: ReportOptions, output: Out
     """Attack success rate with heads ablated, beside the unablated model, with a report; answers are not printed."""
     from safetyheads.runs.single_steps import read_prompts, run_asr
 
-    return _run("asr", config, where, output, read_prompts, run_asr, show.show_rates, report)
+    return _run("asr", config, where, output, read_prompts, run_asr, report)
 
 
 @command
@@ -239,7 +235,7 @@ def eval_(config: EvalConfig, where: RunOptions, output: OutputOptions) -> int:
         raise InputError("--machine counts passes and answers; eval has neither")
     names = [name.strip() for text in config.tasks for name in text.split(",") if name.strip()]
     config = replace(config, tasks=tuple(names))
-    return _run("eval", config, where, output, load_tasks, run_evaluation, show.show_evaluation)
+    return _run("eval", config, where, output, load_tasks, run_evaluation)
 
 
 def _run(
@@ -249,13 +245,14 @@ def _run(
     output: OutputOptions,
     read: Callable[[Config], Any],
     run: Callable[..., show.Found],
-    display: Callable[[show.Found], None],
     report: ReportOptions | None = None,
+    first: int | None = None,
     without_model: Callable[[Any], show.Found | None] | None = None,
 ) -> int:
     """Carry out a run and show its results; all that can be refused without the model is refused before it loads.
 
-    ``read`` gives the prompts or tasks; ``without_model`` the results where the prompts settle them.
+    ``read`` gives the prompts or tasks; ``first`` rows of the first table are shown; ``without_model`` gives results
+    where the prompts settle them.
     """
     config, out = settled(config, where.out, kind)
     shard, machine = where.parsed_shard, where.parsed_machine
@@ -281,9 +278,9 @@ def _run(
 
         results = carry_out_by_workers(run, *given, where.ray, where.workers, where.gpus_per_worker)
     if results.get("dry_run"):
-        _show(results, output, lambda: None)
+        _show(results, output)
     else:
-        _finish(results, out, report, output, display)
+        _finish(results, out, report, output, partial(show.show_results, first=first))
     return _code_of_judges(results)
 
 
@@ -334,7 +331,7 @@ def reproduce(
 
     results = run_experiments(lab, experiments, out, load, progress, sys.argv, skips=experiment == ALL)
     chosen_names, timed = [item.name for item in experiments], RunDirectory.open(out).read_timings().get("timed", {})
-    _finish(results, out, report, output, lambda found: show.show_outcomes(found, chosen_names, timed))
+    _finish(results, out, report, output, lambda found, _: show.show_outcomes(found, chosen_names, timed))
 
 
 @command
@@ -485,36 +482,24 @@ def judge(
     *,
     config: JudgeOptions,
     output: OutputOptions,
-    label_sheet: Annotated[
-        tuple[int, Path] | None,
-        Parameter(
-            help="Write N random answers into a CSV file FILE, in which people fill in the column label: complied, "
-            "refused, incoherent, echoed or safe. It tells neither what was ablated nor what a judge said.",
-            group=PANELS["Answers"],
-        ),
-    ] = None,
-    validate: Annotated[
-        Path | None,
-        Parameter(
-            help="CSV file of labels: gives the judges' sensitivity and specificity, and corrected rates.",
-            group=PANELS["Answers"],
-        ),
-    ] = None,
+    labels: LabelOptions,
 ) -> None:
     """Judge a run's stored answers again, or hold its judges to people's labels; verdicts go beside those there."""
     from safetyheads.judges.named import JUDGES, WORD_JUDGES, judges_named
-    from safetyheads.reports.write import write_report
+    from safetyheads.reports.write import write_page_of
     from safetyheads.runs.directory import RunDirectory
     from safetyheads.runs.provenance import provenance
     from safetyheads.runs.rejudge import later_judges, open_judged, rejudge, write_sheet
     from safetyheads.runs.rejudge import validate as validate_judges
 
     opened = open_judged(run)
-    if label_sheet is not None:
-        n = write_sheet(run, *label_sheet)
+    validate = labels.validate
+    if labels.label_sheet is not None:
+        sheet = labels.label_sheet[1]
+        n = write_sheet(run, *labels.label_sheet)
         if not config.judges and validate is None:
-            sheet = {"label_sheet": str(label_sheet[1]), "n": n}
-            _show(sheet, output, lambda: show.print_lines([f"Answers to label: {n}, in {label_sheet[1]}"]))
+            said = {"label_sheet": str(sheet), "n": n}
+            _show(said, output, lambda: show.print_lines([f"Answers to label: {n}, in {sheet}"]))
             return
     specs = config.judges
     if not specs and validate is None:
@@ -532,10 +517,12 @@ def judge(
         # What a run directory names may be code or an address of others: only rules are made from it.
         others = judges or tuple(JUDGES[name]() for name in there[:1] if name in JUDGES)
         validation = validate_judges(run, validate, started, others)
-    path = write_report(RunDirectory.open(run))
+    path, page = write_page_of(RunDirectory.open(run))
     given = found[0] if len(found) == 1 and not validation else {"judges": found}
     shown = {**given, **({"validation": validation} if validation else {})}
-    _show(shown, output, lambda: show.show_judged(found, validation, path))
+
+    tables = {name: of for name, of in page.tables.items() if validation and name.startswith(("valid", "correct"))}
+    _show(shown, output, lambda: show.show_judged(found), lambda: show.show_page(tables, "Report", path))
 
 
 @command
@@ -545,52 +532,27 @@ def compare(
     /,
     *,
     output: OutputOptions,
-    fail_if: Annotated[
-        tuple[str, ...],
-        Parameter(
-            help="Fail where this holds, such as 'asr_increase > 0.1', of the 95 % interval's bound nearer to failing "
-            "or of the one that is named: asr_increase.low, .high or .value. May be given several times.",
-            negative="",
-            show_default=False,
-            group=PANELS["Gate"],
-        ),
-    ] = (),
-    allow_warnings: Annotated[
-        bool, Parameter(help="End with 0 or 1 though the comparison warns.", negative="", group=PANELS["Gate"])
-    ] = False,
-    report: Annotated[
-        tuple[Path, ...],
-        Parameter(
-            help="Directory for a page, compare.html; a name that ends with .md gets Markdown for a pull request, "
-            "without names of heads. May be given several times.",
-            negative="",
-            show_default=False,
-            group=PANELS["Output"],
-        ),
-    ] = (),
+    gate: GateOptions,
 ) -> int:
     """Compare two finished runs: heads, attack success, concentration; with --fail-if, a gate for scripts.
 
     Exit codes: 0 passed, 1 a gate failed, 2 the runs cannot be compared or warn (unless --allow-warnings), 3 a run is
     incomplete, 130 interrupted, 143 terminated.
     """
+    from safetyheads.reports.compare import gate_words, write_comparison
     from safetyheads.runs.compare import check_gate, compare_runs, exit_code, parse_condition, quantities
     from safetyheads.runs.reader import RunReader
 
-    conditions = [parse_condition(text) for text in fail_if]
+    conditions = [parse_condition(text) for text in gate.fail_if]
     compared = compare_runs(RunReader(run_a), RunReader(run_b))
     gates = [check_gate(condition, compared) for condition in conditions]
-    code = exit_code(compared, gates, allow_warnings)
+    code = exit_code(compared, gates, gate.allow_warnings)
     found = asdict(compared) | {"quantities": quantities(compared), "gates": gates, "exit_code": code}
-    pages: list[Path] = []
-    if report:
-        from safetyheads.reports.compare import write_comparison
-
-        pages = [write_comparison(found, path) for path in report]
-    _show(found, output, lambda: show.show_comparison(compared, gates, pages))
-    for gate in gates if output.json else ():
-        if gate["outcome"] != "passed":
-            show.print_error(f"{gate['outcome']}: {show.gate_text(gate)}")
+    pages = [write_comparison(found, path) for path in gate.report]
+    _show(found, output, lambda: show.show_comparison(found, pages))
+    for judged in gates if output.json else ():
+        if judged["outcome"] != "passed":
+            show.print_error(f"{judged['outcome']}: {gate_words(judged)}")
     return code
 
 
@@ -603,8 +565,8 @@ def history(
     from safetyheads.runs.history import read_history
 
     found = read_history(folder)
-    path = write_history(found)
-    _show(found | {"page": str(path)}, output, lambda: show.show_history(found, path))
+    path, page = write_history(found)
+    _show(found | {"page": str(path)}, output, lambda: show.show_page(page.tables, "History", path))
 
 
 @command
@@ -643,19 +605,15 @@ def _finish(
     out: Path,
     report: ReportOptions | None,
     output: OutputOptions,
-    display: Callable[[show.Found], None],
+    display: Callable[[show.Found, Mapping[str, Table]], None],
 ) -> None:
-    """Write the page, and show the results."""
-    from safetyheads.reports.write import write_report
+    """Write the page, and show the results with its tables."""
+    from safetyheads.reports.write import write_page_of
     from safetyheads.runs.directory import RunDirectory
 
-    path = write_report(RunDirectory.open(out), show_completions=report is not None and report.show_completions)
-
-    def display_all() -> None:
-        display(found)
-        show.print_lines([f"Report: {path}"])
-
-    _show(found, output, display_all)
+    shown = report is not None and report.show_completions
+    path, page = write_page_of(RunDirectory.open(out), show_completions=shown)
+    _show(found, output, lambda: display(found, page.tables), lambda: show.print_lines([f"Report: {path}"]))
 
 
 def _code_of_judges(results: show.Found) -> int:
@@ -668,14 +626,15 @@ def _code_of_judges(results: show.Found) -> int:
     return int(any(counts["n"] == counts["of"] for counts in failed.values()))
 
 
-def _show(found: show.Found, output: OutputOptions, display: Callable[[], None]) -> None:
+def _show(found: show.Found, output: OutputOptions, *displays: Callable[[], None]) -> None:
     try:
         if found.get("dry_run") and not output.json:
             show.show_dry_run(found)
         elif output.json:
             sys.stdout.write(json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n")
         else:
-            display()
+            for display in displays:
+                display()
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever reads stopped, as head does: the exit code stays that of the command.

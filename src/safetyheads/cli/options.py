@@ -132,6 +132,42 @@ class SweepOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PresetOptions:
+    """What an audit's settings begin with."""
+
+    preset: str = "standard"
+    """Settings by name, over which options win: quick (a first look), standard, or paper (the paper's template, judge
+    and sizes)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions:
+    """What people say of answers."""
+
+    PANEL: ClassVar[str] = "Answers"
+    label_sheet: tuple[int, Path] | None = None
+    """Write N random answers into a CSV file FILE, in which people fill in the column label: complied, refused,
+    incoherent, echoed or safe. It tells neither what was ablated nor what a judge said."""
+    validate: Path | None = None
+    """CSV file of labels: gives the judges' sensitivity and specificity, and corrected rates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateOptions:
+    """When a comparison fails, and where it is written."""
+
+    PANEL: ClassVar[str] = "Gate"
+    fail_if: tuple[str, ...] = ()
+    """Fail where this holds, such as 'asr_increase > 0.1', of the 95 % interval's bound nearer to failing or of the one
+    that is named: asr_increase.low, .high or .value. May be given several times."""
+    allow_warnings: bool = False
+    """End with 0 or 1 though the comparison warns."""
+    report: tuple[Path, ...] = ()
+    """Directory for a page, compare.html; a name that ends with .md gets Markdown for a pull request, without names of
+    heads. May be given several times."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """What a report shows."""
 

@@ -12,18 +12,8 @@ from safetyheads.display import in_clusters
 from safetyheads.reports import charts
 from safetyheads.reports.answers import heads_of, side_by_side
 from safetyheads.reports.charts import Row, Spec
-from safetyheads.reports.page import (
-    NO_HEADS,
-    Cell,
-    change_cell,
-    command_of,
-    interval,
-    p_value,
-    render,
-    sentence_case,
-    two,
-    under_headings,
-)
+from safetyheads.reports.page import NO_HEADS, Page, command_of, render, under_headings
+from safetyheads.reports.tables import Cell, interval, p_value, sentence_case
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.reader import lead_groups
 from safetyheads.runs.stored_files import Record
@@ -47,7 +37,7 @@ _HELD_OUT = "share of held-out prompts"
 _LABELLED_HEADS = 3
 
 
-def audit_page(run: RunDirectory, show_completions: bool) -> str:
+def audit_page(run: RunDirectory, show_completions: bool) -> Page:
     """The page of a finished audit."""
     results, facts = run.read_results(), run.facts() | {"command": command_of(run)}
     wanted = {frozenset[str](), *map(frozenset, _shown_groups(results))}
@@ -57,7 +47,7 @@ def audit_page(run: RunDirectory, show_completions: bool) -> str:
 
 def render_audit(
     results: Results, manifest: Mapping[str, Any], rows: Sequence[Record] = (), show_texts: bool = False
-) -> str:
+) -> Page:
     """The page; equal arguments give equal text. ``rows``: stored answers, with texts where those are to be shown."""
     # Files keep their keys sorted; scores that the page does not know come last.
     for field in ("scores", "sahara"):
@@ -67,6 +57,7 @@ def render_audit(
     verdict, behaviour, model = results["verdict"], results["behaviour"], results["model"]
     own = (group for group in behaviour["groups"] if group["scorer"] == verdict["scorer"])
     group = next((group for group in own if set(group["heads"]) == set(verdict["heads"])), None)
+    ranked = (results.get("stability") or {"heads": ()})["heads"]
     places = [(i, j) for i in range(model["n_layers"]) for j in range(model["n_heads"])]
     content: dict[str, Any] = {
         "results": results,
@@ -84,8 +75,8 @@ def render_audit(
         "reasons": list(_reasons(results, group)),
         "n_unranked": sum(value <= 0 for _, value in _ranked(results)),
         "stability": results.get("stability"),
-        "stable_heads": _stable_heads(results),
-        "both_halves": _both_halves(results),
+        "ranks": {head["head"]: Cell(str(head["rank"]), interval(head["interval"], str)) for head in ranked},
+        "n_lead": 2 + sum(of["scorer"] == verdict["scorer"] for of in behaviour["groups"]),
         "headline": headline(results),
         "show_texts": show_texts,
         **side_by_side(results, rows, ANSWERED_SETS, _shown_groups(results), verdict["heads"], show_texts),
@@ -168,21 +159,12 @@ def _steps(results: Results, scorer: str) -> list[dict[str, Any]]:
     """Sahara's steps with a score, each with the measured group of that size."""
     groups = {group["size"]: group for group in results["behaviour"]["groups"] if group["scorer"] == scorer}
     steps = enumerate(results["sahara"][scorer]["steps"], 1)
-    return [dict(step) | {"group": groups.get(size, {"asr": None, "benign_answered": None})} for size, step in steps]
+    return [dict(step) | {"group": groups.get(size, {})} for size, step in steps]
 
 
 def _groups(results: Results) -> list[Any]:
     """Nothing ablated, then the groups that each score led to by size, the verdict's score first."""
-    unmeasured = (
-        "asr_change",
-        "random",
-        "benign_answered_change",
-        "benign_ships",
-        "search_asr",
-        "gross_loss",
-        "damage",
-    )
-    vanilla = results["behaviour"]["vanilla"] | dict.fromkeys(unmeasured) | {"heads": ["none"]}
+    vanilla = results["behaviour"]["vanilla"] | {"heads": ["none"]}
     found: dict[str, list[Any]] = {f"found by {_label(results, results['verdict']['scorer'])}": []}
     for group in sorted(results["behaviour"]["groups"], key=lambda group: int(group["size"])):
         found.setdefault(f"found by {_label(results, group['scorer'])}", []).append(group)
@@ -331,33 +313,6 @@ def _prompts_needed(results: Results) -> Spec | None:
     titles = "prompts drawn (log scale)", "share of the top heads found"
     described = "Overlap of the top heads with those of all prompts, against the number of prompts"
     return charts.lines(rows, *titles, described, logarithmic=True, points=False, reference=0.9)
-
-
-def _stable_heads(results: Results) -> list[dict[str, Any]]:
-    """Each listed head's rank and how often resamples find it."""
-    return [
-        {
-            "head": head["head"],
-            "rank": Cell(str(head["rank"]), interval(head["interval"], str)),
-            "frequency": Cell(two(head["frequency"])),
-            "in_group": Cell(two(head["in_group"])),
-        }
-        for head in (results.get("stability") or {"heads": ()})["heads"]
-    ]
-
-
-def _both_halves(results: Results) -> list[dict[str, Any]]:
-    """The group's figures on the search half and the test half."""
-    stability = results.get("stability")
-    names = {"asr": "Coherent ASR, group ablated", "benign_answered": "Benign answered, group ablated"}
-    return [
-        {
-            "name": names.get(name, name),
-            **half,
-            "less": change_cell({"change": half["difference"], "interval": half["interval"]}, with_p=False),
-        }
-        for name, half in (stability["halves"].items() if stability else ())
-    ]
 
 
 def _long_tail(results: Results) -> Spec | None:

@@ -278,7 +278,17 @@ def tooltip(rows: Sequence[Row], titles: Mapping[str, str]) -> list[alt.Tooltip]
 def rows_tooltip(rows: Sequence[Row], x: str, y: str) -> list[alt.Tooltip]:
     """What a row of bars, lines and points tells."""
     titles = {"label": "name", "series": "series", "run": "run", "model": "model", "started": "started"}
-    titles |= {"heads": "heads", "x": x, "y": y, "low": "95 % from", "high": "95 % to", "n": "n", "answers": "answers"}
+    titles |= {
+        "heads": "heads",
+        "x": x,
+        "y": y,
+        "low": "95 % from",
+        "high": "95 % to",
+        "n": "n",
+        "answers": "answers",
+        "limit": "limit",
+    }
+    titles |= {"limit": "limit of the gate"}
     return tooltip(rows, titles)
 
 
@@ -385,7 +395,8 @@ def scatter(
 def bars(rows: Sequence[Row], x: str, y: str, description: str, *, share: bool = True) -> Spec:
     """Bars with intervals, lying, so that any name has room; a dash stands where nothing could be scored.
 
-    Rows have ``x`` (a name), ``y, low, high, series`` and what the tooltip tells; ``x`` and ``y`` title the axes.
+    Rows have ``x`` (a name), ``y, low, high, series``, ``limit`` of a gate, and what the tooltip tells; ``x`` and ``y``
+    title the axes.
     """
     names = series_of(rows)
     # Single words stay whole.
@@ -410,6 +421,9 @@ def bars(rows: Sequence[Row], x: str, y: str, description: str, *, share: bool =
         empty = base.transform_filter("!isValid(datum.y)").transform_calculate(zero="0")
         dash = empty.mark_text(text="–", color="--ink-soft", dx=6)
         layers.append(dash.encode(x=alt.X("zero:Q", **measured), tooltip=tooltips))
+    if any(row.get("limit") is not None for row in rows):
+        limits = whole.transform_filter("isValid(datum.limit)").mark_tick(thickness=2.5, color="--kept")
+        layers.append(limits.encode(x=alt.X("limit:Q", **measured)))
     if any((row.get("low") or row.get("y") or 0) < 0 for row in rows):
         layers.insert(0, rule_at("x", 0, measured, strokeDash=[1, 0]))
     band = max(15 * len(names) + 8, 15 * max(label.count("\n") + 1 for label in labels) + 8, 30)
@@ -420,34 +434,6 @@ def bars(rows: Sequence[Row], x: str, y: str, description: str, *, share: bool =
     height = band * (len(labels) if apart is None else max(map(len, panels.values())))
     told = tops_in_words({f"{row['x']} {row['series']}".strip(): row.get("y") for row in rows})
     return spec(layers, rows, max(90, height), description + told, most=MOST_WIDTH, independent=apart)
-
-
-def forest(rows: Sequence[Row], x: str, description: str) -> Spec:
-    """Changes as points with their intervals, one below the other, across a line at 0.
-
-    Rows have ``label, x, low, high``, ``limit`` (of a gate, or None) and what the tooltip tells; ``x`` titles the axis.
-    """
-    axis = alt.Axis(labelLimit=170, labelOverlap=False, ticks=False, grid=False)
-    titles = {
-        "label": "quantity",
-        "x": "change",
-        "low": "95 % from",
-        "high": "95 % to",
-        "n": "prompts",
-        "limit": "limit",
-    }
-    measured: dict[str, Any] = {"title": titled(x), "axis": alt.Axis(format="+.1~f", tickCount=5)}
-    base = alt.Chart().encode(y=alt.Y("label:N", sort=None, title=None, axis=axis))
-    along, ends = alt.X("x:Q", **measured), {"x": alt.X("low:Q", **measured), "x2": "high:Q"}
-    limits = base.transform_filter("isValid(datum.limit)").mark_tick(thickness=2.5, size=18, color="--attack")
-    layers = [
-        rule_at("x", 0, measured, strokeDash=[1, 0]),
-        base.mark_rule(strokeWidth=1.5, color="--kept", opacity=0.7).encode(**ends),
-        base.mark_point(filled=True, size=70, opacity=1, color="--kept").encode(x=along, tooltip=tooltip(rows, titles)),
-        limits.encode(x=alt.X("limit:Q", **measured)),
-    ]
-    told = ": " + "; ".join(f"{row['label']} {row['x']:+.2g} [{row['low']:+.2g}, {row['high']:+.2g}]" for row in rows)
-    return spec(layers, rows, max(90, 30 * len(rows)), description + told, most=MOST_WIDTH)
 
 
 # Numbers as colours.

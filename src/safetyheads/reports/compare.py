@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetyheads.files import write_page
 from safetyheads.reports import charts
-from safetyheads.reports.page import Cell, interval, number, p_value, render, sentence_case, signed, two
+from safetyheads.reports.page import Page, render
+from safetyheads.reports.tables import NOTHING, Cell, Table, interval, number, sentence_case, signed, two
 from safetyheads.runs.compare import CHANGE_LABELS, CHANGES, FAILED, PASSED
 
 Compared = Mapping[str, Any]
@@ -24,10 +25,11 @@ LIMITS = (
 )
 
 
-def comparison_page(compared: Compared) -> str:
+def comparison_page(compared: Compared, with_figures: bool = True) -> Page:
     """The page of a comparison; equal arguments give equal text."""
-    rows = list(_drawn(compared))
-    figures = {"changes": charts.forest(rows, "change, after minus before", "Each change with its interval")}
+    rows = list(_drawn(compared)) if with_figures else []
+    titles = "", "change, after minus before", "Each change with its interval"
+    figures = {"changes": charts.bars(rows, *titles, share=False)} if rows else {}
     content = {
         "compared": compared,
         "badge": badge(compared),
@@ -38,7 +40,7 @@ def comparison_page(compared: Compared) -> str:
         "settings": list(_settings(compared)),
         "limits": LIMITS,
     }
-    return render("compare.html.j2", content, {}, {}, figures if rows else {})
+    return render("compare.html.j2", content, {}, {}, figures)
 
 
 def badge(compared: Compared) -> str:
@@ -83,8 +85,8 @@ def _drawn(compared: Compared) -> Iterator[dict[str, Any]]:
         change = compared[attribute]
         if change is not None and change["interval"]:
             low, high = map(charts.rounded, change["interval"])
-            row = {"label": CHANGE_LABELS[attribute], "x": charts.rounded(change["change"]), "low": low, "high": high}
-            yield row | {"shown": change["shown"], "n": str(min(change["n"])), "limit": limits.get(name)}
+            row = {"x": CHANGE_LABELS[attribute], "y": charts.rounded(change["change"]), "low": low, "high": high}
+            yield row | {"series": "", "n": str(min(change["n"])), "limit": limits.get(name)}
 
 
 def _settings(compared: Compared) -> Iterator[tuple[str, str, str]]:
@@ -98,15 +100,23 @@ def _settings(compared: Compared) -> Iterator[tuple[str, str, str]]:
 def gate_cells(gate: Mapping[str, Any]) -> tuple[Cell, Cell, Cell]:
     """Outcome, what was measured, and the number that was judged."""
     tone = {FAILED: "yes", PASSED: "less"}.get(gate["outcome"], "soft")
-    measured, judged = Cell("–"), Cell("–")
+    measured = judged = NOTHING
     is_change = gate["condition"].split()[0].partition(".")[0] in CHANGES
     write = signed if is_change else number
     if gate["value"] is not None:
         measured = Cell(write(gate["value"]), interval(gate["interval"], signed), f"n {gate['n']}" if gate["n"] else "")
     if gate["number"] is not None:
         words = {"high": "upper bound", "low": "lower bound", "value": "measured"}[gate["asked"]]
-        judged = Cell(number(gate["number"], is_change), words)
-    return Cell(gate["outcome"], tone=tone), measured, judged
+        judged = Cell(number(gate["number"], is_change), n=words)
+    return Cell(gate["outcome"], tone=tone, is_text=True), measured, judged
+
+
+def gate_words(gate: Mapping[str, Any]) -> str:
+    """``asr_increase > 0.1: +0.31 [+0.18, +0.45] n 48, upper bound +0.45``, and the reason where there is one."""
+    _, measured, judged = gate_cells(gate)
+    parts = [" ".join(filter(None, (measured.text, measured.interval, measured.n)))] if measured != NOTHING else []
+    parts += [f"{judged.n} {judged.text}"] if judged != NOTHING and gate["asked"] != "value" else []
+    return f"{gate['condition']}: {'; '.join(filter(None, (', '.join(parts), gate['reason'])))}"
 
 
 # Markdown.
@@ -119,20 +129,9 @@ def comparison_markdown(compared: Compared) -> str:
         run = compared[side]
         facts = (compared["kind"], run["started"] and run["started"][:16].replace("T", " "), run["verdict"])
         lines.append(f"- {name}: {_code(run['model'])}, {', '.join(map(_text, filter(None, facts)))}")
-    if compared["gates"]:
-        rows = []
-        for gate in compared["gates"]:
-            cells = [_cell(cell) for cell in gate_cells(gate)]
-            rows.append([_code(gate["condition"]), *cells, _text(gate["reason"])])
-        lines += ["", *_table(("Fails if", "Outcome", "Measured [95 %]", "Judged", ""), rows)]
-    rows = []
-    for label, change in _changes(compared):
-        ends = [two(change[end]) if change[end] is not None else "–" for end in ("before", "after")]
-        moved = "–" if change["change"] is None else signed(change["change"])
-        p = p_value(change["p_value"])
-        bounds = f"{moved} {interval(change['interval'], signed)}".strip()
-        rows.append([label, *ends, bounds, p, change["n_text"], _text(change["shown"] or change["note"])])
-    lines += ["", *_table(("", "A", "B", "Change [95 %]", "p", "Prompts", "The interval shows"), rows)]
+    tables = comparison_page(compared, with_figures=False).tables
+    for name in ("gates-judged", "all-changes"):
+        lines += ["", *_markdown(tables[name], _code if name == "gates-judged" else _text)] if name in tables else []
     if compared["heads"] is not None:
         heads = compared["heads"]
         counts = ", ".join(f"{len(heads[word])} {word}" for word in ("kept", "gone", "new"))
@@ -146,15 +145,16 @@ def comparison_markdown(compared: Compared) -> str:
     return "\n".join([*lines, "", *(f"<sub>{text}</sub>" for text in (" ".join(LIMITS),))]) + "\n"
 
 
-def _table(titles: tuple[str, ...], rows: list[list[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(titles)} |"
-    yield f"|{'---|' * len(titles)}"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
-
-
-def _cell(cell: Cell) -> str:
-    return " ".join(filter(None, (cell.text, cell.interval, cell.n)))
+def _markdown(found: Table, named: Callable[[str], str]) -> Iterator[str]:
+    """A row for each of the table's; ``named`` writes its name."""
+    yield f"| {' | '.join(column.title for column in found.columns)} |"
+    yield f"|{'---|' * len(found.columns)}"
+    for row in found.rows:
+        parts = [cell for cell in row if isinstance(cell, Cell)]
+        # Numbers are our own; their brackets need no escape.
+        told = [" ".join(filter(None, (cell.text, cell.interval, cell.n, cell.p))) for cell in parts]
+        cells = [_text(words) if cell.is_text else words for cell, words in zip(parts, told, strict=True)]
+        yield f"| {' | '.join((named(told[0]), *cells[1:]))} |"
 
 
 def _text(text: object) -> str:

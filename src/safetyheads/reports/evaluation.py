@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 from safetyheads.reports import charts
-from safetyheads.reports.page import Cell, command_of, interval, number, p_value, render, signed
+from safetyheads.reports.page import Page, command_of, render
 from safetyheads.runs.directory import RunDirectory
 
 Results: TypeAlias = Mapping[str, Any]
@@ -14,21 +14,23 @@ _SURE = 0.05
 """Of p after Holm."""
 
 
-def evaluation_page(run: RunDirectory, show_completions: bool) -> str:
+def evaluation_page(run: RunDirectory, show_completions: bool) -> Page:
     """The page of a finished evaluation; it holds no answers, whatever is asked for."""
     del show_completions
     return render_evaluation(run.read_results(), run.facts() | {"command": command_of(run)})
 
 
-def render_evaluation(results: Results, manifest: Mapping[str, Any]) -> str:
+def render_evaluation(results: Results, manifest: Mapping[str, Any]) -> Page:
     """The page; equal arguments give equal text."""
     drawn = list(_drawn(results))
     described = "Change of each metric, ablated minus vanilla"
-    figures = {"changes": charts.forest(drawn, "change, ablated minus vanilla", described)} if drawn else {}
+    titles = "", "change, ablated minus vanilla"
+    figures = {"changes": charts.bars(drawn, *titles, described, share=False)} if drawn else {}
+    tests = {metric["difference"]["test"] for metric in results["metrics"] if metric["difference"]}
     content = {
         "results": results,
         "headline": headline(results),
-        "rows": [(metric, *_cells(metric)) for metric in results["metrics"]],
+        "tests": "".join(f"; p: {test}" for test in sorted(tests - {None})),
     }
     measured = {name: results[name] for name in ("model", "ablation", "tasks", "groups", "settings")}
     return render("evaluation.html.j2", content, measured, manifest, figures)
@@ -48,17 +50,5 @@ def _drawn(results: Results) -> Iterator[dict[str, Any]]:
         if change and change["interval"] and metric["unit"] == "share":
             low, high = map(charts.rounded, change["interval"])
             label = f"{metric['task']} {metric['metric']}, {metric['variant']}"
-            row = {"label": label, "x": charts.rounded(change["change"]), "low": low, "high": high}
-            yield row | {"n": str(change["n"]), "limit": None}
-
-
-def _cells(metric: Mapping[str, Any]) -> tuple[Cell, Cell]:
-    """The metric's value, and its change from vanilla."""
-    bounds = interval(metric["interval"], lambda end: number(end))
-    value = Cell(number(metric["value"]), bounds, f"n {metric['n']:,}")
-    change = metric["difference"]
-    if not change or change["change"] is None:
-        return value, Cell("–")
-    p = f"p {p_value(change['p_holm'], '= ')} after Holm" if change["p_holm"] is not None else ""
-    flips = f"{change['gained']} gained, {change['lost']} lost" if change["gained"] is not None else ""
-    return value, Cell(signed(change["change"]), interval(change["interval"], signed), flips, p)
+            row = {"x": label, "y": charts.rounded(change["change"]), "low": low, "high": high}
+            yield row | {"series": "", "n": str(change["n"])}

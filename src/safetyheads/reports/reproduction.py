@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 from safetyheads.errors import InputError
 from safetyheads.reports import charts
 from safetyheads.reports.charts import Row, Spec
-from safetyheads.reports.page import REMEMBERED, Cell, facts, interval, number, p_value, render, signed, two
+from safetyheads.reports.page import REMEMBERED, Page, facts, render
+from safetyheads.reports.tables import Cell, Column, Table, interval, number, p_value, signed, two
 
 Record: TypeAlias = Mapping[str, Any]
 
@@ -22,8 +23,6 @@ MAX_CHART_BYTES = 3_200_000
 """What the figures of a page may take, so that it stays under 5 MB; those without room are left out, and it says so."""
 MAX_ROWS = 3000
 """Rows of a table that a page shows; ``results.json`` has all."""
-TALL = 40
-"""Rows above which a table scrolls in its own frame."""
 NO_EVIDENCE = "not evidence about the paper"
 """A note that has these words makes the page's badge."""
 EMBEDDED = "demo:"
@@ -38,7 +37,7 @@ _QUOTED_ROW = re.compile(r"\b(in the paper|paper's|quoted)\b|\(paper\)", re.IGNO
 _NUMBERS = ("rate", "change", "number")
 
 
-def render_reproduction(results: Record, manifest: Record) -> tuple[str, dict[str, str]]:
+def render_reproduction(results: Record, manifest: Record) -> tuple[Page, Mapping[str, str]]:
     """The index, and every experiment's page by its file name; equal arguments give equal texts.
 
     Raises:
@@ -49,7 +48,7 @@ def render_reproduction(results: Record, manifest: Record) -> tuple[str, dict[st
         if not outcome["name"].isalnum():
             raise InputError(f"results.json has an experiment of the name {outcome['name']!r}, which no file can have")
     # What the run remembers of its batches is on the index.
-    facts_of_page = {name: value for name, value in manifest.items() if not name.startswith(tuple(REMEMBERED))}
+    facts_of_page = {name: value for name, value in manifest.items() if not name.startswith(REMEMBERED)}
     names = [None, *(outcome["name"] for outcome in outcomes), None]
     pages = {}
     for before, outcome, after in zip(names, outcomes, names[2:], strict=False):
@@ -144,23 +143,20 @@ def _experiment(outcome: Record) -> dict[str, Any]:
         "figures": [(figure, list(_figure_notes(figure))) for figure, _ in shown],
         "figures_left_out": left_out,
         "charts": {f"figure-{at}": drawn for at, (_, drawn) in enumerate(shown, 1) if drawn is not None},
-        "tables": [table_shown(table) for table in outcome["tables"]],
+        "measured_in": [table_shown(table) for table in outcome["tables"]],
     }
 
 
-def table_shown(table: Record) -> dict[str, Any]:
-    """An outcome's table with its cells as the page shows them, and how many rows are left out."""
-    held = table["rows"][:MAX_ROWS]
-    rows = [list(cells(row, table["columns"], above)) for above, row in zip([None, *held], held, strict=False)]
-    return {
-        "title": table["title"],
-        "caption": table["caption"],
-        "columns": [(column["title"], "", column["kind"] == "text") for column in table["columns"]],
-        "rows": rows,
-        "n_more": len(table["rows"]) - len(rows),
-        "tall": len(rows) > TALL,
-        "quotes": any(cell.quoted for row in rows for cell in row),
-    }
+def table_shown(held: Record) -> Table:
+    """An outcome's table: a row that begins like the one above is marked as said already."""
+    listed, n_more, note = held["rows"][:MAX_ROWS], len(held["rows"]) - MAX_ROWS, held["caption"]
+    pairs = zip([None, *listed], listed, strict=False)
+    rows = [list(cells(row, held["columns"], above)) for above, row in pairs]
+    if any(cell.quoted for row in rows for cell in row):
+        note += " Numbers marked “quoted” are printed in the paper and were not measured here."
+    note += f" {n_more:,} more rows are in results.json." if n_more > 0 else ""
+    columns = [Column(column["title"], is_text=column["kind"] == "text") for column in held["columns"]]
+    return Table(held["title"], columns, rows, note.strip())
 
 
 def cells(row: Record, columns: Sequence[Record], above: Record | None = None) -> Iterator[Cell]:

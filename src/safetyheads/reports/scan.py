@@ -9,14 +9,16 @@ from typing import Any, TypeAlias
 
 import altair as alt
 
+from safetyheads.display import in_clusters
 from safetyheads.judges.base import LABELS
 from safetyheads.reports import charts
 from safetyheads.reports.answers import MAX_STATE_BYTES, MAX_TEXT_BYTES, answers_data, by_category, by_prompt
 from safetyheads.reports.audit import MAX_TABLE_HEADS, group_curve, group_lines, rate_rows
 from safetyheads.reports.charts import Spec
-from safetyheads.reports.page import command_of, rate_words, render, two, under_headings
+from safetyheads.reports.page import Page, command_of, render, under_headings
+from safetyheads.reports.tables import number, rate_words, two
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.rates import RATES, AnswerTable, GroupAnswers, answer_table, with_later_verdicts
+from safetyheads.runs.rates import AnswerTable, GroupAnswers, answer_table, with_later_verdicts
 from safetyheads.runs.stored_files import Record
 
 Results: TypeAlias = Mapping[str, Any]
@@ -25,6 +27,8 @@ Look: TypeAlias = dict[str, Any]
 
 TOP_HEADS = 20
 """Heads of highest ASR that the first table lists beside those that differ."""
+HEADS_SHOWN = 10
+"""Heads that a terminal lists at least."""
 MAX_NAMED = 8
 """Heads that differ and are named in figures."""
 MAX_REASONS = 40
@@ -51,7 +55,7 @@ OWN_HEADS, ONE_GROUP = "each prompt its own heads by Ships", "the same heads for
 _OF_PROMPTS = "share of prompts"
 
 
-def scan_page(run: RunDirectory, show_completions: bool) -> str:
+def scan_page(run: RunDirectory, show_completions: bool) -> Page:
     """The page of a finished scan."""
     results = run.read_results()
     with_texts = frozenset(heads_of_interest(results)) if show_completions else frozenset[str]()
@@ -59,7 +63,7 @@ def scan_page(run: RunDirectory, show_completions: bool) -> str:
     return render_scan(results, run.facts() | {"command": command_of(run)}, rows, show_completions)
 
 
-def render_scan(results: Results, manifest: Mapping[str, Any], rows: Sequence[Record], show_texts: bool) -> str:
+def render_scan(results: Results, manifest: Mapping[str, Any], rows: Sequence[Record], show_texts: bool) -> Page:
     """The page of every judged answer, with texts where those are to be shown; equal arguments give equal text."""
     table, differ = answer_table(rows, results["lead_judge"]), differing(results)
     benign = results["vanilla"].get("benign")
@@ -73,23 +77,29 @@ def render_scan(results: Results, manifest: Mapping[str, Any], rows: Sequence[Re
     judged, reasons = _judge_tables(results, table, judges)
     # No judge of words says "safe", whose column would be empty.
     has_safe = any(head["safe"]["count"] for head in results["heads"] if "safe" in head)
-    vanilla = results["vanilla"]["harmful"] | {"heads": ["none"], "change": None, "random": None}
-    vanilla |= {"benign_answered": benign and benign["answered"], "benign_answered_change": None}
+    vanilla = results["vanilla"]["harmful"] | {"heads": ["none"], "head": "none", "change": None}
+    vanilla |= {"benign_answered": benign and benign["answered"]}
     parts = {words: [group for group in results["groups"] if group["part"] == part] for part, words in PARTS.items()}
+    parts["each prompt’s own heads by Ships"] = [
+        {**group, "heads": [f"each prompt’s top {group['size']}"]} for group in results["query_level"]
+    ]
     listed = results["heads"] if len(results["heads"]) <= MAX_TABLE_HEADS else []
     content: dict[str, Any] = {
         "results": results,
         "planted": planted,
         "badge": badge,
         "sentence": headline(results),
+        "power": power_words(results),
         "n_bh": sum(head["change"]["p_bh"] < results["statistics"]["alpha"] for head in results["heads"]),
         "n_unscored": sum(head["asr"]["unscored"] for head in (results["vanilla"]["harmful"], *results["heads"])),
         "n_planted_found": sum(head["head"] in planted for head in differ),
-        "outcomes": [name for name in RATES if name != "asr" and (name != "safe" or has_safe)],
+        "outcomes": ("refused", "incoherent", "echoed", *["safe"] * has_safe),
+        "none_ablated": vanilla | {"benign": benign and {"refused": benign["refused"], "answered": benign["answered"]}},
+        "roles": ROLES,
+        "n_shown": 1 + max(HEADS_SHOWN, min(len(differ), 3 * HEADS_SHOWN)),
         "first_heads": [*differ, *[head for head in by_asr(results["heads"]) if head not in differ][:TOP_HEADS]],
         "n_differing": len(differ),
         "all_heads": listed,
-        "roles": ROLES,
         "n_at_origin": sum(head["change"]["change"] == 0 and benign_lost(head) == 0 for head in results["heads"]),
         "groups": under_headings(vanilla, parts) if any(parts.values()) else [],
         "followed": _followed(results),
@@ -142,6 +152,19 @@ def headline(results: Results) -> str:
         return f"{counted}; nothing ablated: {rate_words(vanilla)}."
     most = f"the strongest, {head['head']}, takes it" if found else f"with the highest, {head['head']}, it goes"
     return f"{counted}; {most} from {rate_words(vanilla)} to {rate_words(head['asr'])}."
+
+
+def power_words(results: Results) -> str:
+    """The smallest rise of ASR that so many prompts show."""
+    statistics = results["statistics"]
+    least, joined = statistics["smallest_change"], in_clusters(statistics.get("n_clusters"))
+    heads, alpha = f"{statistics['n_heads']:,} heads", number(statistics["alpha"])
+    tests = f"{statistics['test']}, Tarone over {heads}, α = {alpha}"
+    if least["change"] is None:
+        few = f"n = {statistics['n']}{joined} is too few"
+        return f"{few}: not even a head that frees every prompt is found in 80 % of runs ({tests})."
+    found = f"one head of {least['tests']:,} is found in 80 % of runs if it raises the ASR by {two(least['change'])}"
+    return f"With n = {least['n']} prompts{joined} {found}; smaller rises are missed more often ({tests})."
 
 
 # Heads.

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from safetyheads.ablation import Ablation
 from safetyheads.reports import charts
 from safetyheads.reports.answers import side_by_side
 from safetyheads.reports.audit import head_columns, rate_rows, score_figures
-from safetyheads.reports.page import NO_HEADS, command_of, number, render
+from safetyheads.reports.page import NO_HEADS, Page, command_of, render
+from safetyheads.reports.tables import number
 from safetyheads.runs.directory import RunDirectory
 
 Results: TypeAlias = Mapping[str, Any]
@@ -17,11 +19,12 @@ TITLES = {"ships": "Ranking of heads", "sahara": "Search for a group", "asr": "A
 _OWN = "each prompt's top "
 
 
-def single_step_page(run: RunDirectory, show_completions: bool) -> str:
+def single_step_page(run: RunDirectory, show_completions: bool) -> Page:
     """The page of a finished ``ships``, ``sahara`` or ``asr`` run; only the last one's holds answers."""
     results, facts = run.read_results(), run.facts() | {"command": command_of(run)}
     kind, figures, columns = results["kind"], dict[str, Any](), NO_HEADS
     content: dict[str, Any] = {"results": results, "headline": headline(results), "title": TITLES[kind]}
+    content["ablation"] = Ablation(results["ablation"]["name"], results["ablation"]["epsilon"])
     content |= {"answers": None, "show_texts": show_completions}
     if kind == "ships":
         ties = {head: [other for other in tie if other != head] for tie in results["ties"] for head in tie}

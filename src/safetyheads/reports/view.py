@@ -49,7 +49,8 @@ def index_page(folder: Path) -> str:
             run = path.parent.parent
             about = _about(run)
             runs.append({"name": str(run.relative_to(folder)), "address": address, **about})
-    content = {"name": folder.resolve().name, "runs": runs, "others": others}
+    links = {run["name"]: run["address"] for run in runs}
+    content = {"name": folder.resolve().name, "runs": runs, "links": links, "others": others}
     return render("index.html.j2", content, {}, {})
 
 

@@ -12,12 +12,12 @@ from safetyheads.errors import InputError
 from safetyheads.files import write_page
 from safetyheads.reports import audit, charts, evaluation, scan, single_steps
 from safetyheads.reports.audit import rate_rows
-from safetyheads.reports.page import render
+from safetyheads.reports.page import Page, render
 from safetyheads.reports.reproduction import render_reproduction
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 
 _STEP = single_steps.single_step_page, single_steps.headline
-PAGES: dict[str, tuple[Callable[[RunDirectory, bool], str], Callable[[Mapping[str, Any]], str]]] = {
+PAGES: dict[str, tuple[Callable[[RunDirectory, bool], Page], Callable[[Mapping[str, Any]], str]]] = {
     "audit": (audit.audit_page, audit.headline),
     "scan": (scan.scan_page, scan.headline),
     "eval": (evaluation.evaluation_page, evaluation.headline),
@@ -34,6 +34,11 @@ class ReportWarning(UserWarning):
 
 
 def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
+    """Write ``report/index.html`` into the run directory, and return its path (:func:`write_page_of`)."""
+    return write_page_of(run, show_completions=show_completions)[0]
+
+
+def write_page_of(run: RunDirectory, *, show_completions: bool = False) -> tuple[Path, Page]:
     """Write ``report/index.html`` into the run directory.
 
     Args:
@@ -42,7 +47,7 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
             reproduction never hold any, and a warning says so.
 
     Returns:
-        The path of the page.
+        The path of the page, and the page with its tables.
 
     Raises:
         InputError: no page is known for results of that kind or schema.
@@ -55,15 +60,24 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
             f"a report needs {', '.join(PAGES)} or reproduction of schema {SCHEMA_VERSION}"
         )
     if kind != "reproduction":
-        return run.write_report(PAGES[kind][0](run, show_completions))
+        page = PAGES[kind][0](run, show_completions)
+        return run.write_report(page), page
     if show_completions:
         words = "the pages of a reproduction hold no completions; they are in the run's completions folder"
         warnings.warn(words, ReportWarning, stacklevel=2)
-    return run.write_report(*render_reproduction(results, run.facts()))
+    page, pages = render_reproduction(results, run.facts())
+    return run.write_report(page, pages), page
 
 
-def write_history(history: Mapping[str, Any]) -> Path:
-    """Write ``history.html`` into the history's folder and return its path; equal histories give equal text."""
+def write_history(history: Mapping[str, Any]) -> tuple[Path, Page]:
+    """Write ``history.html`` into the history's folder; its path, and the page, of equal text for equal histories."""
+    path, page = Path(history["folder"]) / "history.html", history_page(history)
+    write_page(path, page)
+    return path, page
+
+
+def history_page(history: Mapping[str, Any]) -> Page:
+    """The page of many runs: a point for each number, and a table."""
     rows: list[dict[str, Any]] = []
     for number, entry in enumerate(history["runs"], 1):
         started = "unknown" if entry["started"] is None else entry["started"][:16].replace("T", " ")
@@ -86,9 +100,7 @@ def write_history(history: Mapping[str, Any]) -> Path:
     pages = {name: quote(place) for name, place in places.items() if (folder / place).is_file()}
     content = {"history": history, "name": folder.resolve().name, "pages": pages}
     content["sentence"] = _history_in_words(history["runs"])
-    path = folder / "history.html"
-    write_page(path, render("history.html.j2", content, {}, {}, {"over_runs": drawn}))
-    return path
+    return render("history.html.j2", content, {}, {}, {"over_runs": drawn})
 
 
 def _history_in_words(entries: Sequence[Mapping[str, Any]]) -> str:

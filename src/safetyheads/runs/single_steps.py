@@ -118,7 +118,7 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     if config.screen:
         trace, proposals, steps = screened_search(run, "harmful", measuring, score)
         costs = costs_of(measuring, proposals[0], score.forecast)
-        run.progress.say(f"each step: {_said(costs)}")
+        run.progress.say(f"{'the first' if config.screen_once else 'each'} step: {_said(costs)}")
         screened = {"forecast": score.forecast, "screening": steps, "costs": costs}
     else:
         with run.progress.track("searching groups", n_scored(len(engine.heads), config.size)) as done:

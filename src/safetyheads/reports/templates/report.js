@@ -164,7 +164,7 @@
     return `"${(/^[=@]|^[+-](?![\d.])/.test(text) ? `'${text}` : text).replaceAll('"', '""')}"`;
   };
   for (const frame of document.querySelectorAll(".scroll")) {
-    const name = frame.getAttribute("aria-labelledby") || "table";
+    const name = (frame.getAttribute("aria-label") ?? "table").replace(/[^\p{L}\p{N}]+/gu, "-");
     bar(frame, [["CSV", `Save the table as CSV`, () => {
       const rows = [...frame.querySelectorAll("tr")].map((row) => [...row.cells].map(csvCell).join(","));
       save(`${name}.csv`, new Blob([`${rows.join("\r\n")}\r\n`], { type: "text/csv" }));
