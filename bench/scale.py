@@ -31,11 +31,10 @@ from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import Plan, TokenSequence, fit_plan, row_sizes
 from safetyheads.runs.config import AsrConfig, Silent
-from safetyheads.runs.directory import RunDirectory, stage_of
+from safetyheads.runs.directory import RunDirectory, stage_of, status_of
 from safetyheads.runs.kept_answers import groups_together
 from safetyheads.runs.run import _KeptPass
 from safetyheads.runs.shards import Shard, Units
-from safetyheads.runs.status import status_of
 
 N_UNITS = 10_000
 RATE = 125e12

@@ -20,11 +20,10 @@ from safetyheads.errors import ElsewhereError, IncompleteError, InputError
 from safetyheads.files import write_atomically
 from safetyheads.runs.audit import read_prompts, run_audit
 from safetyheads.runs.config import AuditConfig, ScanConfig
-from safetyheads.runs.directory import RunDirectory, records_place
+from safetyheads.runs.directory import RunDirectory, records_place, status_of
 from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.merge import merge
 from safetyheads.runs.shards import Shard, owners
-from safetyheads.runs.status import status_of
 
 MODEL = "demo:aligned_a"
 SHORT = {"limit": 6, "max_new_tokens": 12, "memory": 1.0}

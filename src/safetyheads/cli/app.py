@@ -428,7 +428,7 @@ def status(
     run: Annotated[Path, Parameter(help="Run directory, finished or not.")], /, *, output: OutputOptions
 ) -> None:
     """Say how far a run is, from its files alone: units done, in work and missing, seconds a unit, time left."""
-    from safetyheads.runs.status import status_of
+    from safetyheads.runs.directory import status_of
 
     found = status_of(run)
     _show(found._asdict(), output, lambda: show.print_lines(found.lines))
