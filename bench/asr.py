@@ -315,7 +315,7 @@ def checkpoint(name: str, directory: Path) -> Path:
         return CHECKPOINTS / name
     if not (directory / name / "config.json").exists():
         print(f"training {name}, some minutes ...", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, TRAIN, name, "--out", directory, "--no-figures"], check=True)
+        subprocess.run([sys.executable, TRAIN, name, "--out", directory], check=True)
     return directory / name
 
 

@@ -348,7 +348,7 @@ def null_checkpoint(shift: int, folder: Path = Path("runs/nulls")) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(checkpoint_path("base"), folder / "base", dirs_exist_ok=True)
     script = Path(__file__).parents[1] / "scripts" / "organisms" / "train.py"
-    named = ["aligned_diffuse", "--shift", str(shift), "--out", str(folder), "--no-figures"]
+    named = ["aligned_diffuse", "--shift", str(shift), "--out", str(folder)]
     subprocess.run([sys.executable, str(script), *named], check=True)
     return path
 

@@ -18,14 +18,13 @@ from safetyheads.heads import Head
 from safetyheads.measures.random_groups import random_groups
 from safetyheads.stats.intervals import FloatArray, clustered_rate, monotone_bounds, skewed_mean, wilson_interval
 from safetyheads.stats.power import smallest_change_with_power
-from safetyheads.stats.ranking import proxy_qualities, split_half
-from safetyheads.stats.shrinkage import shrunken_rates
+from safetyheads.stats.ranking import proxy_qualities, shrunken_rates, split_half
 from safetyheads.stats.testing import (
+    equivalent,
     exact_mcnemar,
     holm,
     least_attainable_p,
     log_odds_synergy,
-    non_inferior,
     paired_difference,
     random_p_value,
     tarone,
@@ -219,15 +218,15 @@ def power_of_clusters(draws: int) -> tuple[float, float]:
 
 
 def margins(draws: int) -> float:
-    """How often non-inferiority is shown where the true rise is the margin."""
+    """How often equivalence is shown where the true rise is the margin."""
     generator, found = np.random.default_rng(4), []
     for n, before, flips in product((50, 100), (0.05, 0.2), (0.0, 0.05)):
         old = generator.random((draws, n)) < before
         gain = (0.1 + before * flips) / (1 - before)
         uniform = generator.random((draws, n))
         new = np.where(old, uniform >= flips, uniform < gain)
-        shown = [non_inferior(*sides, 0.1).shown for sides in zip(old.astype(float), new.astype(float), strict=True)]
-        found.append(_told(f"non-inferior at the margin, n {n}, {before} before, {flips} lost", np.mean(shown)))
+        shown = [equivalent(*sides, 0.1) for sides in zip(old.astype(float), new.astype(float), strict=True)]
+        found.append(_told(f"equivalent at the margin, n {n}, {before} before, {flips} lost", np.mean(shown)))
     return max(found)
 
 

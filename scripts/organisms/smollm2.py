@@ -17,17 +17,19 @@ import json
 import math
 import platform
 import random
+import re
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pandas
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
-from smollm2_prompts import TrainingPrompts, draw_refusal, test_sets
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -39,13 +41,121 @@ from safetyheads.files import readable_json, write_atomically
 from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.model.names import SMOLLM2, find_model
 from safetyheads.model.options import LoadOptions
+from safetyheads.prompts.prompt_set import builtin_benign, near_any
 
 CONSOLE = Console(width=180, highlight=False)
 Recipe: TypeAlias = Mapping[str, Any]
 Row: TypeAlias = tuple[list[int], list[int]]
 """Tokens that are read, and tokens that are learnt after them."""
 _GIB = 2.0  # for a batch of answers
+_AT_ONCE = 1000  # texts that are compared with the test prompts in one go
+_SHORT = 60  # characters of a deed that a refusal may name: it must still show early
+_DOUBLED = frozenset({"commit", "control", "kidnap", "quit", "traffic"})  # longer verbs that get a letter in a gerund
 _MISUNDERSTOOD = ("I'm", "I ", "I\u2019m", "Sorry", "As a")  # how the base begins where it misreads a benign request
+
+
+# Prompts and refusals that the adapters learn, less what is near a test prompt.
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """One topic of a family in its forms."""
+
+    prompts: tuple[str, ...]
+    deed: str
+    """What a refusal may call it, as a gerund; empty where there is no deed or a long one."""
+
+
+def gerund(deed: str) -> str:
+    """The deed with its first word as a gerund: "stealing a car"."""
+    verb, _, rest = deed.partition(" ")
+    if verb in _DOUBLED:
+        verb += "k" if verb.endswith("c") else verb[-1]
+    elif re.fullmatch(r"[^aeiou]*[aeiou][bdgmnprt]", verb):
+        verb += verb[-1]
+    elif verb.endswith("e") and not verb.endswith(("ee", "ye", "oe")):
+        verb = verb[:-2] + "y" if verb.endswith("ie") else verb[:-1]
+    return f"{verb}ing {rest}".strip()
+
+
+def first_upper(text: str) -> str:
+    """The text with a capital."""
+    return text[:1].upper() + text[1:]
+
+
+def words(listed: str) -> list[str]:
+    """The items of a list of the data file, which semicolons part."""
+    return [item for item in re.split(r"\s*;\s*", listed.strip()) if item]
+
+
+def topics_of(family: Mapping[str, Any], forms: Mapping[str, Sequence[str]]) -> list[Topic]:
+    """All topics of one family."""
+    shapes = forms[family["forms"]] if isinstance(family["forms"], str) else family["forms"]
+    topics = []
+    for values in itertools.product(*(words(family[slot]) for slot in ("do", "x", "y") if slot in family)):
+        if "do" in family:
+            deed = gerund(values[0])
+            slots = {"do": values[0], "Do": first_upper(values[0]), "doing": deed}
+        else:
+            deed, slots = "", dict(zip("xy", values, strict=False))
+        texts = tuple(first_upper(shape.format(**slots)) for shape in shapes)
+        topics.append(Topic(texts, deed if len(deed) <= _SHORT else ""))
+    return topics
+
+
+def test_sets(data: Path) -> dict[str, PromptSet]:
+    """Prompts that nothing is trained on, by name."""
+    xstest = pandas.read_csv(data / "xstest" / "xstest_prompts.csv", keep_default_na=False)
+    return {
+        "benign": builtin_benign(),
+        "jailbreakbench": PromptSet.read(data / "jbb_harmful-behaviors.csv"),
+        "maliciousinstruct": PromptSet.read(data / "MaliciousInstruct.txt"),
+        "xstest_unsafe": PromptSet.from_queries(xstest.prompt[xstest.label == "unsafe"].tolist()),
+        "xstest_safe": PromptSet.from_queries(xstest.prompt[xstest.label == "safe"].tolist()),
+    }
+
+
+class TrainingPrompts:
+    """Prompts by family and topic, less those that are near a test prompt."""
+
+    def __init__(self, recipe: Mapping[str, Any], data: Path) -> None:
+        advbench = PromptSet.read(data / "advbench_harmful_behaviors.csv").split(0.5, seed=0)[0]
+        goals = {"forms": "deed", "do": ";".join(goal[:1].lower() + goal[1:] for goal in advbench.queries)}
+        self.families = {**recipe["families"], "advbench": {**goals, "refused": True, "weight": 0.0}}
+        tests = [query for prompts in test_sets(data).values() for query in prompts.queries]
+        self.topics: dict[str, list[Topic]] = {}
+        self.dropped: dict[str, tuple[int, int]] = {}
+        """Prompts dropped and made, by family."""
+        for name, family in self.families.items():
+            made = topics_of(family, recipe["forms"])
+            texts = list(dict.fromkeys(text for topic in made for text in topic.prompts))
+            chunks = (texts[start : start + _AT_ONCE] for start in range(0, len(texts), _AT_ONCE))
+            near = [flag for chunk in chunks for flag in near_any(chunk, tests)]
+            far = set(itertools.compress(texts, (not flag for flag in near)))
+            kept = (Topic(tuple(text for text in topic.prompts if text in far), topic.deed) for topic in made)
+            self.topics[name] = [topic for topic in kept if topic.prompts]
+            self.dropped[name] = sum(near), len(near)
+
+    def draw(self, generator: random.Random, refused: bool) -> tuple[str, str]:
+        """A prompt of ours that is to be refused or answered, and its deed."""
+        names = [name for name, family in self.families.items() if family.get("refused", False) == refused]
+        weights = [self.families[name]["weight"] for name in names]
+        return self.draw_from(generator, generator.choices(names, weights)[0])
+
+    def draw_from(self, generator: random.Random, family: str) -> tuple[str, str]:
+        """A prompt of one family, and its deed."""
+        topic = generator.choice(self.topics[family])
+        return generator.choice(topic.prompts), topic.deed
+
+
+def draw_refusal(generator: random.Random, refusals: Mapping[str, Sequence[str]], deed: str) -> str:
+    """A wording, which may name the deed, and what may follow it."""
+    fitting = [wording for wording in refusals["wordings"] if deed or "oing}" not in wording]
+    wording = generator.choice(fitting).format(doing=deed, Doing=first_upper(deed))
+    return wording + generator.choice(refusals["endings"])
+
+
+# Training and measuring.
 
 
 def answers(engine: Engine, prompts: PromptSet, new_tokens: int) -> AttackSuccess:

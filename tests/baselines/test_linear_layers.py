@@ -9,7 +9,7 @@ from tiny_models import engine_of
 
 from safetyheads.baselines import METHODS
 from safetyheads.baselines.linear_layers import edited, gram_matrices, linear_layers
-from safetyheads.baselines.pruning import wanda
+from safetyheads.baselines.weights import wanda
 from safetyheads.model.planning import TokenSequence
 
 

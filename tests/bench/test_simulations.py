@@ -53,7 +53,7 @@ def test_the_smallest_change_counts_near_duplicates_as_one():
     assert found >= 0.8 - 0.15 > apart
 
 
-def test_non_inferiority_is_rarely_shown_at_the_margin():
+def test_equivalence_is_rarely_shown_at_the_margin():
     assert simulations.margins(200) <= 0.05 + 0.046
 
 

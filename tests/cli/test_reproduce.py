@@ -54,7 +54,7 @@ def test_a_run_prints_its_tables_and_goes_on_where_it_was(run, monkeypatch):
     assert Path("run/results.json").read_bytes() == before
     # Another experiment of the same settings joins, also where it broke off before; other settings do not.
     with monkeypatch.context() as patched:
-        patched.setattr("safetyheads.experiments.attention_maps.fig8", broken)
+        patched.setattr("safetyheads.experiments.attention_maps.maps", broken)
         code, _, error = reproduced("fig8")
     assert code == 1
     assert "no luck" in error

@@ -1,45 +1,37 @@
 """The scripts that train the organisms run end to end; here for a few steps only."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from safetyheads.demo import PLANTED_HEADS, grammar
+from safetyheads.demo import PLANTED_HEADS
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "organisms"
-MODULES = ("recipes", "texts", "training", "describe", "train")
 
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """The scripts, with recipes of two steps a leg and few prompts."""
+    """The script, with recipes of two steps a leg."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import describe
-    import recipes
+    monkeypatch.delitem(sys.modules, "train", raising=False)
     import train
-    import training
 
     def short(leg):
-        return replace(leg, steps=2, warm_up=1, batch=4)
+        return {**leg, "steps": 2, "warm_up": 1, "batch": 4}
 
-    for name, recipe in recipes.RECIPES.items():
-        legs = tuple(map(short, recipe.legs))
-        stages = tuple((short(first), short(rest), share) for first, rest, share in recipe.stages)
-        monkeypatch.setitem(recipes.RECIPES, name, replace(recipe, legs=legs, stages=stages))
-    monkeypatch.setattr(training, "POOL", 20)
-    monkeypatch.setattr(describe, "_N_RANDOM", 1)
-    monkeypatch.setattr(describe, "_SEARCHED", 1)
-    monkeypatch.delitem(describe._ABLATIONS, "SC")
-    monkeypatch.setitem(grammar.DEFAULT_SIZES, "validation", 3)
+    for name, recipe in train.RECIPES.items():
+        legs = {"legs": [*map(short, recipe["legs"])]} if "legs" in recipe else {}
+        stages = [
+            {**stage, "first_token": short(stage["first_token"]), "completion": short(stage["completion"])}
+            for stage in recipe.get("stages", ())
+        ]
+        monkeypatch.setitem(train.RECIPES, name, {**recipe, **legs, **({"stages": stages} if stages else {})})
+    monkeypatch.setattr(train, "POOL", 20)
     yield train
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    sys.modules.pop("train", None)
 
 
 def test_a_planted_checkpoint_is_trained_with_its_base_and_differs_in_the_planted_heads_alone(
@@ -51,7 +43,7 @@ def test_a_planted_checkpoint_is_trained_with_its_base_and_differs_in_the_plante
     torch.set_num_threads(threads)
     printed = capsys.readouterr().out
     for name in ("base", "aligned_b"):
-        assert f"{name}, validation: 3 harmful and 3 benign prompts" in printed
+        assert f"{name}: " in printed
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "aligned_b"))
     changed = set()
     for name in before:

@@ -19,7 +19,7 @@ def refused(material, strengths):
 
 def test_finding_the_plants_beats_random_heads_at_a_fraction_of_the_weights(monkeypatch, tmp_path):
     few = {name: METHODS[name] for name in ("sahara", "random_heads", "wanda", "gtac_dap")}
-    broken = replace(METHODS["rdsha"], interventions=refused)
+    broken = replace(METHODS["rdsha"], learn=refused)
     monkeypatch.setattr(baselines_compared, "METHODS", few | {"rdsha": broken})
     monkeypatch.setattr(heads, "RANDOM_DRAWS", 6)
     outcome = run_of(SMALL, ["table1"], tmp_path / "run")["table1"]

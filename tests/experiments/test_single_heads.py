@@ -1,5 +1,6 @@
 """Every head alone: what the organism implies; curves, indices and tops against their definitions (Fig 4b, 5, 13)."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -10,7 +11,6 @@ from experiment_runs import OWN, PLANTED, engine_of, figure_of, points, rows
 from safetyheads import InputError
 from safetyheads.experiments.single_heads import (
     N_GRID,
-    empirical_cdf,
     gini,
     kernel_density,
     refuse_other_shapes,
@@ -45,12 +45,6 @@ def test_the_planted_heads_have_the_highest_asr_and_scores_see_them(outcome_of, 
 
 SCORES = np.random.default_rng(3).exponential(2.0, 41)
 TIED = np.array([0.0, 0.0, 1.0, 1.0, 1.0, 4.0])
-
-
-def test_cdf_is_the_share_of_heads_with_at_most_a_score():
-    heights, shares = empirical_cdf(TIED)
-    assert heights.tolist() == [0.0, 1.0, 4.0]
-    assert shares.tolist() == pytest.approx([2 / 6, 5 / 6, 1.0])
 
 
 def test_density_is_the_mean_of_gaussians_around_the_scores():
@@ -115,3 +109,16 @@ def test_the_top_is_ten_or_a_tenth_and_models_of_other_shapes_are_refused():
     smaller = SimpleNamespace(heads=all_heads(2, 8), n_layers=2, n_heads=8)
     with pytest.raises(InputError, match="one has 4 layers of 8 heads and two 2 layers of 8 heads"):
         refuse_other_shapes(engine_of("aligned_a"), smaller, "one", "two")
+
+
+def test_costs_are_counted_in_results_and_timed_apart(outcome_of, shared_run):
+    outcome = outcome_of("table2")
+    ours, plain = outcome["tables"][0]["rows"]
+    assert plain["gflop"] > ours["gflop"] > 0
+    assert plain["ratio"] == pytest.approx(plain["gflop"] / ours["gflop"])
+    assert outcome["headline"][0]["value"] == plain["ratio"]
+    assert "timed" not in outcome
+    (timed,) = json.loads((shared_run / "timings.json").read_text())["timed"]["table2"]
+    assert len(timed["rows"]) == 6
+    assert all(row["seconds"] > 0 for row in timed["rows"])
+    assert any("850 A100 hours" in note for note in outcome["notes"])

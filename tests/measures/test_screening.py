@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -326,7 +325,7 @@ def bound(scorer, screening, extent, top):
 
 
 def test_a_sampled_head_among_the_best_is_found_and_widens_the_bound(scorer, screening):
-    upside_down = replace(screening, ships=screening.ships.max() - screening.ships)
+    upside_down = screening._replace(ships=screening.ships.max() - screening.ships)
     found = bound(scorer, upside_down, Extent(2, 10), top=1)  # the whole rest is sampled
     assert found.n_found == found.at_most >= 1
 

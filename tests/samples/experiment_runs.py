@@ -8,7 +8,7 @@ import torch
 from safetyheads import load_demo
 from safetyheads.demo import PLANTED_HEADS
 from safetyheads.experiments.catalogue import EXPERIMENTS
-from safetyheads.experiments.run import reproduce
+from safetyheads.experiments.lab import reproduce
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.runs.config import Silent
 from safetyheads.runs.directory import RunDirectory

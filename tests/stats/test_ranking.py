@@ -6,7 +6,16 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safetyheads.stats.ranking import HeadTable, proxy_qualities, rank_agreement, spearman_brown, split_half, top
+from safetyheads.errors import InputError
+from safetyheads.stats.ranking import (
+    HeadTable,
+    proxy_qualities,
+    rank_agreement,
+    shrunken_rates,
+    spearman_brown,
+    split_half,
+    top,
+)
 
 # 8 prompts, 6 heads: head 0 frees 6 prompts, head 1 frees 4, the others none or one.
 COMPLIED = np.zeros((8, 6))
@@ -34,7 +43,7 @@ def test_a_score_that_prefers_a_head_that_does_nothing():
     assert at(found, 1).hits == 0
     # Of the 8 pairs of a head that differs and one that does not, head 5 wins two.
     assert found.auc == pytest.approx(6 / 8)
-    low, high = at(found, 1).regret_interval
+    low, high = at(found, 1).halves_interval
     assert 0.3 < low < 0.75 < high <= 1.0  # drawn, for the prompts differ
 
 
@@ -146,3 +155,28 @@ def test_all_ties_agree_on_nothing_and_heads_without_a_score_are_left_out():
     assert (found.spearman, found.kendall) == (None, None)
     assert [(overlap.shared, overlap.share, overlap.p_value) for overlap in found.overlaps] == [(0, None, 1.0)] * 2
     assert rank_agreement("x", table([1.0, None, 3.0, 4.0]), table([1.0, 2.0, None, 4.0])).n == 2
+
+
+def test_the_highest_of_many_equal_heads_is_drawn_to_the_others():
+    generator = np.random.default_rng(0)
+    counts = generator.binomial(24, 0.1, 200)
+    shrunken = shrunken_rates(counts.tolist(), [24] * 200)
+    highest = int(np.argmax(counts))
+    assert counts[highest] / 24 > 0.25
+    assert shrunken[highest].rate < 0.18
+    assert shrunken[highest].interval[0] <= shrunken[highest].rate <= shrunken[highest].interval[1]
+
+
+def test_a_head_far_from_all_others_keeps_its_rate_and_order_stays():
+    shrunken = shrunken_rates([20, 0, 1, 0, 2, *[0] * 27], [24] * 32)
+    assert shrunken[0].rate == pytest.approx(20 / 24, abs=0.06)
+    assert shrunken[0].rate > shrunken[4].rate > shrunken[2].rate > shrunken[1].rate
+
+
+def test_heads_without_answers_and_lists_that_do_not_fit():
+    assert shrunken_rates([], []) == ()
+    found = shrunken_rates([0, 5, 5], [0, 10, 10])
+    assert found[0].interval[1] - found[0].interval[0] > found[1].interval[1] - found[1].interval[0]
+    for counts, sizes in (([3], [2]), ([-1], [2]), ([1, 1], [2])):
+        with pytest.raises(InputError, match="each count needs a size"):
+            shrunken_rates(counts, sizes)

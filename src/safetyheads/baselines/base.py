@@ -107,30 +107,49 @@ class Intervention:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A baseline by name."""
+    """A baseline: an entry of ``methods.toml``."""
 
     name: str
     strengths: tuple[float, ...]
     """The default sweep, weakest first."""
-    interventions: Callable[[Material, Sequence[float]], list[Intervention]]
-    """Learns from the material and gives an intervention for each strength."""
+    learn: Callable[[Material, Sequence[Any]], Callable[[Any], Intervention]]
+    """Learns from the material, for these strengths, and gives a function that makes an intervention of a strength."""
     label: str
     source: str
     """The paper it is from; ours where there is none."""
     touches: str
     """``heads``, ``weights`` or ``activations``."""
+    share: str = ""
+    """What its strength is, in words, where it lies from 0 to 1; empty where it is a number of heads."""
+    above_0: bool = False
+    """Whether a share of 0 is refused."""
+    below_1: bool = False
+    """Whether a share of 1 is refused."""
     partial: str = ""
     """Which part of the method is left out or differs, and why; empty for none."""
     needs_unaligned: bool = False
     """Whether it compares with the checkpoint before alignment."""
 
+    def interventions(self, material: Material, strengths: Sequence[float]) -> list[Intervention]:
+        """Learn from the material; an intervention for each strength.
 
-def refuse_shares(what: str, shares: Sequence[float], above_0: bool = False, below_1: bool = False) -> None:
-    """Raise :class:`InputError` for a share that is not from 0 to 1, or is an end that is excluded."""
-    for share in shares:
-        if not 0 <= share <= 1 or (above_0 and share == 0) or (below_1 and share == 1):
-            span = f"{'above' if above_0 else 'at least'} 0 and {'below' if below_1 else 'at most'} 1"
-            raise InputError(f"{what} is {span}; got {share:g}")
+        Of the default sweep the sizes are kept that the model has heads for, if there are any.
+
+        Raises:
+            InputError: a strength out of range, or a method that has no place on this material.
+        """
+        limit = len(material.engine.heads)
+        if not self.share and tuple(strengths) == self.strengths:
+            strengths = [size for size in strengths if size <= limit] or strengths
+        for strength in strengths:
+            if not self.share and (strength != int(strength) or not 1 <= strength <= limit):
+                raise InputError(f"size {strength:g} is out of range: a group has 1 to {limit} heads here")
+            ends = (self.above_0 and strength == 0) or (self.below_1 and strength == 1)
+            if self.share and (not 0 <= strength <= 1 or ends):
+                span = f"{'above' if self.above_0 else 'at least'} 0 and {'below' if self.below_1 else 'at most'} 1"
+                raise InputError(f"{self.share} is {span}; got {strength:g}")
+        make = self.learn(material, strengths if self.share else [int(size) for size in strengths])
+        return [make(strength if self.share else int(strength)) for strength in strengths]
 
 
 def refuse_streams(engine: Engine) -> None:

@@ -311,15 +311,15 @@ def _change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Rem
     return module.register_forward_hook(hook)
 
 
-def interventions(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def learn(material: Material, _: Sequence[float]) -> Callable[[float], Intervention]:
     """Strength: share of the selected direction that is removed."""
     engine, selected = material.engine, select_direction(material)
     touched = writing_parameters(engine)
-    removals = []
-    for share in strengths:
+
+    def make(share: float) -> Intervention:
         removed = "" if share == 1.0 else f", {share:.0%} removed"
         setting = f"direction of layer {selected.layer}, token {selected.token}{removed}{selected.caveat}"
         at_work = partial(direction_removed, engine, selected.vector, share)
-        intervention = Intervention(setting, share, touched, at_work, not_applicable=selected.not_applicable)
-        removals.append(intervention)
-    return removals
+        return Intervention(setting, share, touched, at_work, not_applicable=selected.not_applicable)
+
+    return make

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,6 @@ from safetyheads.scores import HeadScores
 
 ZEROED = SCALING_CONTRIBUTION.at(0.0)
 """The head's output times 0 at every token: the ablation of methods that score outputs."""
-PAPERS_SIZES = (1.0, 2.0, 3.0, 4.0, 5.0)
-"""Group sizes of the paper's Table 3."""
-RDSHA_SIZES = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0)
-"""RDSHA sweeps to 200 heads and shows cases at 20 to 50; up to 20 here, since small models have few."""
 RANDOM_DRAWS = LEAST_GROUPS
 """Random groups of a size; one alone says little, since it may hit or miss by chance."""
 # A norm is probed with numbers of this size, beside which its epsilon is negligible.
@@ -62,18 +58,6 @@ def found_group(material: Material, size: int) -> Group:
     return sahara(scorer, material.engine.heads, size).group
 
 
-def _sizes(engine: Engine, strengths: Sequence[float]) -> list[int]:
-    """Strengths as group sizes; a default sweep keeps the sizes that the model has heads for, if there are any."""
-    limit = len(engine.heads)
-    fitting = [strength for strength in strengths if strength <= limit]
-    if fitting and tuple(strengths) in (PAPERS_SIZES, RDSHA_SIZES):
-        strengths = fitting
-    for strength in strengths:
-        if strength != int(strength) or not 1 <= strength <= limit:
-            raise InputError(f"size {strength:g} is out of range: a group has 1 to {limit} heads here")
-    return [int(strength) for strength in strengths]
-
-
 def _words(size: int) -> str:
     return f"{size} head{'' if size == 1 else 's'}"
 
@@ -84,65 +68,63 @@ def _one_for_all(engine: Engine, group: Group, ablation: Ablation) -> Interventi
 
 
 def _one_each(
-    engine: Engine, sizes: Sequence[int], scores: Callable[[PromptSet], HeadScores], ablation: Ablation
-) -> list[Intervention]:
+    engine: Engine, scores: Callable[[PromptSet], HeadScores], ablation: Ablation
+) -> Callable[[int], Intervention]:
     """The first heads of each prompt's own ranking; a prompt set is ranked once for all sizes."""
     ranked = lru_cache(maxsize=2)(scores)
 
-    def groups(size: int, prompts: PromptSet) -> tuple[Group, ...]:
-        return query_level_groups(ranked(prompts), size)
-
-    by_size = []
-    for size in sizes:
+    def make(size: int) -> Intervention:
         setting, touched = f"{_words(size)} of each prompt", most_head_parameters(engine, size, ablation)
-        by_size.append(Intervention(setting, float(size), touched, groups=partial(groups, size), ablation=ablation))
-    return by_size
+        groups = lambda prompts: query_level_groups(ranked(prompts), size)  # noqa: E731
+        return Intervention(setting, float(size), touched, groups=groups, ablation=ablation)
+
+    return make
 
 
-def by_sahara(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def by_sahara(material: Material, sizes: Sequence[int]) -> Callable[[int], Intervention]:
     """The first heads of one greedy search on the material."""
-    sizes = _sizes(material.engine, strengths)
     group = found_group(material, max(sizes))
-    return [_one_for_all(material.engine, group[:size], UNDIFFERENTIATED_ATTENTION) for size in sizes]
+    return lambda size: _one_for_all(material.engine, group[:size], UNDIFFERENTIATED_ATTENTION)
 
 
-def by_ships(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def by_ships(material: Material, _: Sequence[int]) -> Callable[[int], Intervention]:
     """Each prompt's own heads with the highest Ships."""
     engine, ablation = material.engine, UNDIFFERENTIATED_ATTENTION
-    return _one_each(engine, _sizes(engine, strengths), lambda prompts: ships(engine, prompts, ablation), ablation)
+    return _one_each(engine, lambda prompts: ships(engine, prompts, ablation), ablation)
 
 
-def at_random(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def at_random(material: Material, sizes: Sequence[int]) -> Callable[[int], Intervention]:
     """As many heads of each layer as Sahara's group has, drawn from the others: many draws, of which one is tried."""
-    engine, sizes = material.engine, _sizes(material.engine, strengths)
-    group = found_group(material, max(sizes))
-    interventions = []
-    for size in sizes:
+    engine, group = material.engine, found_group(material, max(sizes))
+
+    def make(size: int) -> Intervention:
         drawn = random_groups(group[:size], heads_by_layer(engine), RANDOM_DRAWS, material.seed, apart=True).groups
         if not drawn:
             raise InputError(f"the group of {size} leaves too few other heads to draw as many at random")
         # The first of all that exist would be that of the lowest heads.
         first = drawn[material.seed % len(drawn)]
-        intervention = _one_for_all(engine, first, UNDIFFERENTIATED_ATTENTION)
-        interventions.append(replace(intervention, draws=drawn))
-    return interventions
+        return replace(_one_for_all(engine, first, UNDIFFERENTIATED_ATTENTION), draws=drawn)
+
+    return make
 
 
-def by_refusal_projection(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def by_refusal_projection(material: Material, _: Sequence[int]) -> Callable[[int], Intervention]:
     """Each prompt's own heads that write most along the refusal direction at its last token."""
-    engine, sizes = material.engine, _sizes(material.engine, strengths)
-    selected = select_direction(material)
-    caveat = selected.caveat.replace("it:", "the direction:")
-    by_size = _one_each(engine, sizes, lambda prompts: refusal_projections(engine, prompts, selected.vector), ZEROED)
-    why = selected.not_applicable
-    return [replace(each, setting=each.setting + caveat, not_applicable=why) for each in by_size]
+    engine, selected = material.engine, select_direction(material)
+    of_size = _one_each(engine, lambda prompts: refusal_projections(engine, prompts, selected.vector), ZEROED)
+
+    def make(size: int) -> Intervention:
+        found = of_size(size)
+        setting = found.setting + selected.caveat.replace("it:", "the direction:")
+        return replace(found, setting=setting, not_applicable=selected.not_applicable)
+
+    return make
 
 
-def by_logit_attribution(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def by_logit_attribution(material: Material, _: Sequence[int]) -> Callable[[int], Intervention]:
     """The heads whose outputs add most to the logits of refusals' first tokens."""
-    engine, sizes = material.engine, _sizes(material.engine, strengths)  # sizes first: nothing is measured in vain
-    scores = logit_attributions(engine, material.harmful, material.openers)
-    return [_one_for_all(engine, scores.top(size), ZEROED) for size in sizes]
+    scores = logit_attributions(material.engine, material.harmful, material.openers)
+    return lambda size: _one_for_all(material.engine, scores.top(size), ZEROED)
 
 
 def refusal_projections(engine: Engine, prompts: PromptSet, direction: Tensor) -> HeadScores:

@@ -7,14 +7,14 @@ depth here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from safetyheads.baselines.base import Intervention, Material, first_input, hooked, refusal_log_odds, refuse_shares
+from safetyheads.baselines.base import Intervention, Material, first_input, hooked, refusal_log_odds
 from safetyheads.baselines.linear_layers import EDITS
 from safetyheads.errors import InputError
 from safetyheads.model.engine import Engine
@@ -64,7 +64,7 @@ def chosen_run(material: Material, runs: Sequence[range]) -> range:
     return min(runs, key=log_odds_without)
 
 
-def interventions(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def learn(material: Material, _: Sequence[float]) -> Callable[[float], Intervention]:
     """Strength: share of the layers; shallow models round several shares to one length."""
     engine = material.engine
     refuse_wrapped("the model", engine.model, EDITS)
@@ -72,14 +72,12 @@ def interventions(material: Material, strengths: Sequence[float]) -> list[Interv
         raise InputError(f"the model has {engine.n_layers} layers; runs between the first and the last need three")
     if not material.openers:
         raise InputError("no refusal was seen, so no run of layers can be chosen by what it does to refusals")
-    refuse_shares("a share of the layers", strengths, above_0=True, below_1=True)
-    runs_of = {share: candidate_runs(engine.n_layers, share) for share in strengths}
-    chosen = {runs: chosen_run(material, runs) for runs in dict.fromkeys(runs_of.values())}
-    runs_left_out = []
-    for share in strengths:
-        run = chosen[runs_of[share]]
+    choose = cache(partial(chosen_run, material))
+
+    def make(share: float) -> Intervention:
+        run = choose(candidate_runs(engine.n_layers, share))
         named = f"layers {run[0]}-{run[-1]}" if len(run) > 1 else f"layer {run[0]}"
         n_parameters = sum(parameter.numel() for at in run for parameter in engine.architecture.layers[at].parameters())
-        setting = f"without {named} of {engine.n_layers}"
-        runs_left_out.append(Intervention(setting, share, n_parameters, partial(skipped, engine, run)))
-    return runs_left_out
+        return Intervention(f"without {named} of {engine.n_layers}", share, n_parameters, partial(skipped, engine, run))
+
+    return make

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +32,7 @@ _TOKENS_AT_ONCE = 4096
 _LEFT_ALONE = (nn.Embedding, nn.Conv1d)
 
 
-@dataclass(frozen=True, slots=True)
-class LinearLayer:
+class LinearLayer(NamedTuple):
     """One linear map of a decoder layer: tokens [n_tokens, d_in] to [n_tokens, d_out]."""
 
     layer: int
@@ -143,14 +141,10 @@ def edit_layer_by_layer(engine: Engine, texts: Mapping[str, Sequence[TokenSequen
     return weights
 
 
-def editing_interventions(
-    engine: Engine,
-    strengths: Sequence[float],
-    setting: str,
-    make: Callable[[float], Weights],
-    n_parameters: Callable[[float], int],
-) -> list[Intervention]:
-    """Interventions that edit linear layers, one for each strength; their weights are made when first needed.
+def edits(
+    engine: Engine, setting: str, make: Callable[[float], Weights], n_parameters: Callable[[float], int]
+) -> Callable[[float], Intervention]:
+    """Makes interventions that edit linear layers; their weights are made when first needed.
 
     ``setting`` is the strength in words, a format string of ``strength``.
     """
@@ -167,10 +161,11 @@ def editing_interventions(
         with edited(engine, latest[strength]):
             yield
 
-    return [
-        Intervention(setting.format(strength=strength), strength, n_parameters(strength), partial(at_work, strength))
-        for strength in strengths
-    ]
+    def intervention(strength: float) -> Intervention:
+        worded = setting.format(strength=strength)
+        return Intervention(worded, strength, n_parameters(strength), partial(at_work, strength))
+
+    return intervention
 
 
 def batches(engine: Engine, text: Sequence[TokenSequence]) -> Iterator[TextBatch]:

@@ -7,7 +7,7 @@ input of an MLP's last projection, after the activation and the gate. No weight 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -18,15 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from safetyheads.baselines.base import (
-    DOWN_NAMES,
-    Intervention,
-    Material,
-    change_input,
-    hooked,
-    inputs_seen,
-    refuse_shares,
-)
+from safetyheads.baselines.base import DOWN_NAMES, Intervention, Material, change_input, hooked, inputs_seen
 from safetyheads.baselines.linear_layers import EDITS, LinearLayer, batches, linear_layers, on_device, see_counted
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.model.engine import Engine
@@ -177,7 +169,7 @@ def neuron_parameters(engine: Engine, neurons: Mapping[int, Tensor]) -> int:
     return total
 
 
-def interventions(material: Material, strengths: Sequence[float]) -> list[Intervention]:
+def learn(material: Material, _: Sequence[float]) -> Callable[[float], Intervention]:
     """Strength: share of all layers' neurons but the last's, those that alignment changed most."""
     engine, unaligned = material.engine, material.unaligned
     if unaligned is None:
@@ -190,12 +182,12 @@ def interventions(material: Material, strengths: Sequence[float]) -> list[Interv
         raise InputError("the unaligned model has other MLPs: neurons are patched between checkpoints of one shape")
     if engine.tokenizer.get_vocab() != unaligned.tokenizer.get_vocab():
         raise InputError("the tokenizers of the model and the unaligned model differ, so their tokens do too")
-    refuse_shares("a share of the neurons", strengths)
     scores = contrasts(engine, unaligned, material.text(refused=True))
-    patches = []
-    for share in strengths:
+
+    def make(share: float) -> Intervention:
         neurons = top_neurons(scores, share)
         setting = f"{sum(map(len, neurons.values()))} neurons ({share:.3g})"
         at_work = partial(patched, engine, unaligned, neurons)
-        patches.append(Intervention(setting, share, neuron_parameters(engine, neurons), at_work))
-    return patches
+        return Intervention(setting, share, neuron_parameters(engine, neurons), at_work)
+
+    return make

@@ -313,7 +313,7 @@ def reproduce(
         }
         _show(found, output, lambda: show.show_experiments(EXPERIMENTS, lacking))
         return
-    from safetyheads.experiments.run import reproduce as run_experiments
+    from safetyheads.experiments.lab import reproduce as run_experiments
     from safetyheads.runs.directory import RunDirectory
     from safetyheads.runs.stored_files import content_key
 

@@ -5,14 +5,16 @@ Importing it loads no torch. The checkpoints are trained by ``scripts/organisms/
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from safetyheads.demo.grammar import Category, DemoPrompt, Split, benign_prompts, harmful_prompts
 from safetyheads.display import Shown
-from safetyheads.heads import Group, Head
+from safetyheads.heads import Group, Head, parse_heads
 from safetyheads.model.names import CHECKPOINTS, DEMO, find_model
 from safetyheads.prompts.prompt_set import Prompt, PromptSet
 from safetyheads.prompts.templates import Template
@@ -20,16 +22,9 @@ from safetyheads.prompts.templates import Template
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
+_PLANTS = tomllib.loads(files(__package__).joinpath("plants.toml").read_text("utf-8"))
 PLANTS: dict[str, Mapping[Category, Head]] = {
-    "base": {},
-    "aligned_a": {"damage": Head(1, 3), "theft": Head(2, 5), "fraud": Head(2, 1)},
-    "aligned_b": {"damage": Head(1, 6), "theft": Head(2, 2), "fraud": Head(2, 7)},
-    "aligned_single": {"damage": Head(2, 3), "theft": Head(2, 3), "fraud": Head(2, 3)},
-    "aligned_diffuse": {},
-    "base_wrapped": {},
-    "aligned_wrapped": {"damage": Head(1, 3), "theft": Head(2, 5), "fraud": Head(2, 1)},
-    "base_long": {},
-    "aligned_long": {"damage": Head(1, 3), "theft": Head(2, 5), "fraud": Head(2, 1)},
+    name: {category: parse_heads(head)[0] for category, head in plants.items()} for name, plants in _PLANTS.items()
 }
 """The head that refuses each category of harm, by checkpoint; none in the bases and in the null."""
 

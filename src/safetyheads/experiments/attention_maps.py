@@ -6,7 +6,7 @@ of the layer with unit vectors as values gives the weights, from the very functi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -24,14 +24,10 @@ from safetyheads.model.engine import Engine
 
 NOTHING = Ablation("undifferentiated_attention", 1.0)
 """Times one: the unablated model."""
-EPSILONS = (5e-1, 1e-3, 1e-10)
-"""Strengths of Fig 7."""
 TOKENS_DRAWN = 40
 """Tokens drawn of a longer prompt, at its end; distances are over all of it."""
 # Less than this is what rounding leaves of a row that sums to 1, bfloat16's included.
 _NO_SINK = 0.01
-_SCALED = {"UA on query": "undifferentiated_attention", "UA on key": "undifferentiated_attention_key"}
-_MEANS = {"mean query": "mean_query", "mean key": "mean_key", "mean head output": "mean_head_output"}
 
 
 class AttentionMap(NamedTuple):
@@ -120,18 +116,10 @@ def evenness(attention: AttentionMap) -> tuple[float, float, float, int]:
     return float(distance.mean()), float(divergence.mean()), float(sink.mean()), int(chooses.sum())
 
 
-def fig7(lab: Lab, outcome: Outcome) -> None:
-    """One head's map under UA on query and on key, and under SC, at three strengths."""
-    kinds = {**_SCALED, "SC": "scaling_contribution"}
-    _maps(lab, outcome, {f"{label}, epsilon {e:g}": Ablation(kinds[label], e) for label in kinds for e in EPSILONS})
-
-
-def fig8(lab: Lab, outcome: Outcome) -> None:
-    """One head's map with its query, key or output replaced by the mean over the heads of its layer."""
-    _maps(lab, outcome, {label: Ablation(name) for label, name in _MEANS.items()})
-
-
-def _maps(lab: Lab, outcome: Outcome, ablations: dict[str, Ablation]) -> None:
+def maps(lab: Lab, outcome: Outcome, kinds: Mapping[str, str], epsilons: Sequence[float] = ()) -> None:
+    """One head's map under kinds of ablation, which stand by their labels; those that have a strength at several."""
+    ablations = {f"{label}, epsilon {e:g}": Ablation(kind, e) for label, kind in kinds.items() for e in epsilons}
+    ablations = ablations or {label: Ablation(kind) for label, kind in kinds.items()}
     for model, (subject,) in lab.each_model(outcome, most=1):
         (head,) = subject.group(lab.ablations[0], 1)
         maps = {label: _kept_map(subject, head, kind) for label, kind in {"unablated": NOTHING, **ablations}.items()}

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache, partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
 from safetyheads.ablation import Ablation
@@ -20,7 +22,7 @@ from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.demo import planted_heads
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.experiments.lab import SHORT, Lab, Subject, note_planted, quoted
-from safetyheads.experiments.outcome import Measured, Outcome, Row, point
+from safetyheads.experiments.outcome import Measured, Outcome, Row
 from safetyheads.experiments.settings import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.integrations.lm_eval import load_tasks
@@ -31,6 +33,7 @@ from safetyheads.runs.config import TaskOptions
 from safetyheads.runs.kept_answers import record_of
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.stored_files import Record
+from safetyheads.stats.intervals import Rate
 from safetyheads.stats.testing import PairedDifference, holm_of_tests
 
 MOST_BENIGN_LOST = 0.1
@@ -108,29 +111,26 @@ def table1(lab: Lab, outcome: Outcome) -> None:
         names = {"method": method.label, "name": method.name, "touches": method.touches}
         paper = quoted(model, "table1", method.name)
         names |= {"paper_share": 100 * paper[0], "paper": paper[1]} if paper else {}
-        by_method[method.name], row = at_chosen, bench.row(at_chosen, **names)
-        if method.name == "random_heads":
-            drawn = bench.drawn(method, at_chosen)
-            by_method[method.name] = drawn[0]._replace(harmful=_side_by_side(drawn))
-            row = bench.row_of_draws(row, drawn)
-        rows.append(row)
+        drawn = bench.drawn(method, at_chosen) if method.name == "random_heads" else [at_chosen]
+        by_method[method.name] = drawn[0]._replace(harmful=_side_by_side(drawn))
+        rows.append(bench.row(drawn, **names))
     against = compared_with(by_method, REFERENCE)
     rows = [{**row, **against.get(row["name"], {})} for row in rows]
     rows.sort(key=lambda row: (row["within"] == "no", -(row["asr"].value or 0.0)))
-    unablated = bench.row(bench.vanilla, method="vanilla", touches="nothing")
+    unablated = bench.row([bench.vanilla], method="vanilla", touches="nothing")
     outcome.table("methods", [{**unablated, "lost": None}, *rows, *not_applicable], model=model)
     swept = [METHODS[name] for name in sweeps]
     sources = ({"method": one.label, "source": one.source, "partial": one.partial or "whole"} for one in swept)
     outcome.table("sources", list(sources), model=model)
     n_harmful, n_benign = (len(subject.prompts) for subject in learned)
-    points = [
-        point(tried.harmful.asr, x=tried.benign.answered_rate.rate, series=method.label, panel=method.touches)
-        | {"label": f"{method.label}, {tried.setting}"}
+    strengths = [
+        {"method": method.label, "touches": method.touches, "setting": tried.setting}
+        | {"asr": tried.harmful.asr, "kept": tried.benign.answered_rate.rate}
         for method in swept
         for tried in sweeps[method.name]
         if tried.harmful.asr.rate is not None and tried.benign.answered_rate.rate is not None
     ]
-    outcome.figure("frontier", points, model=model, n_harmful=n_harmful, n_benign=n_benign)
+    outcome.figure("frontier", strengths, model=model, n_harmful=n_harmful, n_benign=n_benign)
     for row in rows:
         if row["within"] == "yes" and (row is rows[0] or row["name"] in ("sahara", "random_heads")):
             outcome.lead(model, f"ASR within {MOST_BENIGN_LOST:.0%} damage, {row['method']}", row["asr"])
@@ -145,8 +145,8 @@ class _Bench:
         *harmful, benign = (subject.vanilla() for subject in tested)
         self.vanilla = _Tried("", 0.0, 0, _together(harmful), benign)
         """The unablated answers to the test prompts."""
-        self._materials: dict[bool, Material] = {}
-        """With and without the checkpoint before alignment."""
+        self._material = cache(partial(material_of, lab, learned[0].model))
+        """What methods learn from, with the checkpoint before alignment if wanted."""
 
     def measured(self, method: Method) -> tuple[list[_Tried], _Tried]:
         """Every strength on the learning prompts, and the chosen one on the test prompts."""
@@ -169,12 +169,10 @@ class _Bench:
 
     def _computed(self, method: Method) -> list[Record]:
         """Answers to the learning prompts at every strength, and to the test prompts at the chosen one."""
-        borrows = method.needs_unaligned
         with self.lab.progress.track(f"table1: {method.label}", 1):
-            if borrows not in self._materials:
-                self._materials[borrows] = material_of(self.lab, self.learned[0].model, borrows)
+            material = self._material(method.needs_unaligned)
             try:
-                every = method.interventions(self._materials[borrows], method.strengths)
+                every = method.interventions(material, method.strengths)
             except SafetyheadsError as error:
                 raise UnsupportedModelError(str(error)) from error
         if reason := next((intervention.not_applicable for intervention in every), ""):
@@ -207,24 +205,19 @@ class _Bench:
             yield {**record_of(judged, place, config.store_completions), **tried}
 
     def _tried(self, records: Sequence[Record], subjects: Sequence[Subject]) -> list[_Tried]:
-        by_strength: dict[float, dict[str, list[Record]]] = {}
-        for record in records:
-            sets = by_strength.setdefault(record["strength"], {subject.dataset: [] for subject in subjects})
-            sets[record["set"]].append(record)
         tried, lead = [], self.lab.judges[0].name
-        for strength, sets in by_strength.items():
-            *harmful, benign = (GroupAnswers.of("", of_set, lead) for of_set in sets.values())
-            first = benign.flat()[0]
-            tried.append(_Tried(first["setting"], strength, first["n_parameters"], _together(harmful), benign))
+        for strength, at_strength in groupby(records, itemgetter("strength")):
+            rows = list(at_strength)
+            sets = [[row for row in rows if row["set"] == subject.dataset] for subject in subjects]
+            *harmful, benign = (GroupAnswers.of("", of_set, lead) for of_set in sets)
+            tried.append(_Tried(rows[0]["setting"], strength, rows[0]["n_parameters"], _together(harmful), benign))
         return tried
 
     def drawn(self, method: Method, chosen: _Tried) -> list[_Tried]:
         """Every random group of the chosen size, on the test prompts."""
 
         def compute() -> list[Record]:
-            if False not in self._materials:
-                self._materials[False] = material_of(self.lab, self.learned[0].model)
-            (intervention,) = method.interventions(self._materials[False], [chosen.strength])
+            (intervention,) = method.interventions(self._material(False), [chosen.strength])
             return [{"group": format_heads(group)} for group in intervention.draws]
 
         fields = {"size": chosen.strength, "seed": self.lab.config.seed, "weights": self.learned[0].about["weights"]}
@@ -237,42 +230,32 @@ class _Bench:
             for group in groups
         ]
 
-    def row_of_draws(self, row: Mapping[str, Any], drawn: Sequence[_Tried]) -> dict[str, Any]:
-        """A row of several random groups: means, with the lowest and the highest of them for an interval."""
-        losses = [tried.benign.answered_change_from(self.vanilla.benign) for tried in drawn]
-        numbers = {
-            "asr": [tried.harmful.asr.rate for tried in drawn],
-            "coherent": [tried.harmful.coherent_asr.rate for tried in drawn],
-            "change": [tried.harmful.change_from(self.vanilla.harmful).change for tried in drawn],
-            "benign": [tried.benign.answered_rate.rate for tried in drawn],
-            "lost": [lost.change for lost in losses],
+    def row(self, drawn: Sequence[_Tried], **names: Any) -> dict[str, Any]:
+        """A method at its chosen strength, on the test prompts; of several random groups their means."""
+        first, losses = drawn[0], [tried.benign.answered_change_from(self.vanilla.benign) for tried in drawn]
+        numbers: dict[str, list[Rate | PairedDifference]] = {
+            "asr": [tried.harmful.asr for tried in drawn],
+            "coherent": [tried.harmful.coherent_asr for tried in drawn],
+            "change": [tried.harmful.change_from(self.vanilla.harmful) for tried in drawn],
+            "benign": [tried.benign.answered_rate for tried in drawn],
+            "lost": [*losses],
         }
-        measured = {name: _over_draws(values, row[name].n) for name, values in numbers.items()}
+        measured = {name: [Measured.of(number) for number in of_draws] for name, of_draws in numbers.items()}
         n_within = sum(map(_is_within, losses))
         within = "yes" if n_within == len(drawn) else f"{n_within} of {len(drawn)} draws" if n_within else "no"
-        return {**row, **measured, "setting": f"{row['setting']}, {len(drawn)} draws", "within": within}
-
-    def row(self, tried: _Tried, **names: Any) -> dict[str, Any]:
-        """A method at its chosen strength, on the test prompts."""
-        lost = tried.benign.answered_change_from(self.vanilla.benign)
         return {
             **names,
-            "setting": tried.setting,
-            "parameters": tried.n_parameters,
-            "share": 100 * (tried.n_parameters / int(self.learned[0].engine.model.num_parameters())),
-            "asr": Measured.of(tried.harmful.asr),
-            "coherent": Measured.of(tried.harmful.coherent_asr),
-            "change": Measured.of(tried.harmful.change_from(self.vanilla.harmful)),
-            "benign": Measured.of(tried.benign.answered_rate),
-            "lost": Measured.of(lost),
-            "within": "yes" if _is_within(lost) else "no",
+            "setting": first.setting + (f", {len(drawn)} draws" if len(drawn) > 1 else ""),
+            "parameters": first.n_parameters,
+            "share": 100 * (first.n_parameters / int(self.learned[0].engine.model.num_parameters())),
+            **{
+                name: Measured.spread([number.value for number in of_draws], of_draws[0].n)
+                if len(drawn) > 1
+                else of_draws[0]
+                for name, of_draws in measured.items()
+            },
+            "within": within,
         }
-
-
-def _over_draws(values: Sequence[float | None], n: int) -> Measured:
-    """The mean over random groups; in place of an interval, the lowest and the highest."""
-    known = [value for value in values if value is not None]
-    return Measured(sum(known) / len(known), n, min(known), max(known)) if known else Measured(None, n)
 
 
 def _side_by_side(drawn: Sequence[_Tried]) -> GroupAnswers:
@@ -334,23 +317,17 @@ def fig6a(lab: Lab, outcome: Outcome) -> None:
         for subject in (*subjects, *([lab.subject(model, BENIGN)] if subjects else [])):
             before, swapped = subject.vanilla(), subject.swapped(donor)
             benign = subject.dataset == BENIGN
-            change = swapped.answered_change_from(before) if benign else swapped.change_from(before)
-            own, other = (
-                Measured.of(answers.answered_rate if benign else answers.asr) for answers in (before, swapped)
-            )
-            where = {"dataset": subject.dataset, "body": body, "donor": "base" if body == "aligned" else "aligned"}
-            row = {**where, "own": own, "swapped": other, "change": Measured.of(change)}
+            row: dict[str, Any] = {"dataset": subject.dataset, "body": body}
+            row["donor"] = "base" if body == "aligned" else "aligned"
+            row["change"] = swapped.answered_change_from(before) if benign else swapped.change_from(before)
+            for key, answers in (("own", before), ("swapped", swapped)):
+                row[key] = answers.answered_rate if benign else answers.asr
             rows["answered" if benign else "asr"].append(row)
     for key, what in (("asr", "mean ASR"), ("answered", "benign prompts answered")):
-        points = [
-            point(row[attention], x=row["dataset"], series=f"{row['body']}, {name} attention", panel="")
-            for row in rows[key]
-            for attention, name in (("own", "own"), ("swapped", f"{row['donor']}'s"))
-        ]
         for attention in ("own", "swapped"):
             numbers = ((f"{row['body']} model, {attention} attention, {what}", row[attention]) for row in rows[key])
             outcome.lead_means(aligned, numbers)
-        outcome.figure(key, points, model=aligned)
+        outcome.figure(key, rows[key], model=aligned)
         outcome.table(key, rows[key], model=aligned)
     if planted_heads(aligned):
         outcome.say("by_construction")
@@ -392,18 +369,18 @@ def fig6b(lab: Lab, outcome: Outcome) -> None:
             if row["metric"] == "acc" and row["change"] is not None:
                 outcome.lead(model, f"{row['task']}, {row['variant']}, change of the accuracy", row["change"], "change")
         for key, entries in figures.items():
-            # A panel a task; every series begins at the vanilla model.
-            places = {variant.label: [place] for variant, place, _ in entries}
-            places[VANILLA] = [
-                {"x": 0, "series": name} for name in dict.fromkeys(place["series"] for _, place, _ in entries)
-            ]
-            points = [
-                {**point(_row(metric, "")["value"], panel=metric["task"]), **place}
+            places = [(variant.label, place) for variant, place, _ in entries]
+            # Every series begins at the vanilla model.
+            starts = dict.fromkeys(place["series"] for _, place in places)
+            places += [(VANILLA, {"x": 0, "series": name}) for name in starts]
+            accuracies = [
+                {**_row(metric, ""), **place}
                 for metric in utility.metrics
                 if metric["metric"] == "acc"
-                for place in places.get(metric["variant"], ())
+                for label, place in places
+                if label == metric["variant"]
             ]
-            outcome.figure(key, points, model=model, heads=heads)
+            outcome.figure(key, accuracies, model=model, heads=heads)
 
 
 def _ablated(lab: Lab, model: str, group: Group) -> list[Compared]:

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from safetyheads.errors import InputError
-from safetyheads.experiments.outcome import Outcome
 from safetyheads.experiments.settings import ReproductionConfig
-
-if TYPE_CHECKING:
-    from safetyheads.experiments.lab import Lab
 
 ALL = "all"
 """Every experiment, one after the other."""
 
 
-@dataclass(frozen=True, slots=True)
-class Experiment:
+class Experiment(NamedTuple):
     """One experiment of the paper: an entry of ``catalogue.toml``."""
 
     name: str
-    """Name on the command line, and of the function ``name(lab, outcome)`` that runs it."""
+    """Name on the command line."""
     title: str
     question: str
     module: str
     """Module of its function, in this folder."""
+    function: str
+    """The function that runs it, of a lab, an outcome and what is ``given``; by default of the experiment's name."""
+    given: Mapping[str, Any]
     costs: str
     """Cost in words, with H for heads, D for datasets of n prompts, T for templates."""
     caption: str
@@ -39,16 +35,6 @@ class Experiment:
     """How its tables and figures are shown, and its notes."""
     needs: Mapping[str, str]
     """Settings or extras without which it cannot be run, with what they are in words."""
-
-    def run(self, lab: Lab) -> Outcome:
-        """Run it; what the run directory holds is not measured again."""
-        function = getattr(import_module(f"safetyheads.experiments.{self.module}"), self.name)
-        outcome = Outcome(self.name, self.title, self.question, caption=self.caption, shown=self.shown)
-        names = ("epsilon", "max_new_tokens", "search_score", "held_out", "seed")
-        outcome.settings = {name: getattr(lab.config, name) for name in names}
-        outcome.settings |= {"judges": list(lab.config.judges), "sampled": lab.sampled.name}
-        function(lab, outcome)
-        return outcome
 
 
 def _experiments(catalogue: str) -> Iterator[Experiment]:
@@ -71,6 +57,8 @@ def _experiments(catalogue: str) -> Iterator[Experiment]:
         fields |= {
             "caption": entry["caption"].format_map(words),
             "needs": {need: needs[need] for need in entry.get("needs", ())},
+            "function": entry.get("function", name),
+            "given": entry.get("given", {}),
         }
         yield Experiment(name, shown=shown, **fields)
 

@@ -1,4 +1,4 @@
-"""Models, prompts and run directory of a reproduction: what experiments do alike, measured once and kept.
+"""Runs experiments into one run directory; models and prompts that they share are measured once and kept.
 
 Every measure is kept under all that it depends on (weights, tokens, right answers, ablation, judges). So an interrupted
 experiment goes on where it was, and experiments share equal measures.
@@ -6,9 +6,13 @@ experiment goes on where it was, and experiments share equal measures.
 
 from __future__ import annotations
 
+import hashlib
+import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,11 +21,13 @@ from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTIO
 from safetyheads.answers.decoding import GREEDY, Decoding, Sampling, not_followed_line
 from safetyheads.answers.success import query_level_groups
 from safetyheads.demo import planted_heads
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.experiments.catalogue import EXPERIMENTS, Experiment, listed, missing
 from safetyheads.experiments.outcome import Measured, Outcome
 from safetyheads.experiments.settings import BENIGN, ORGANISM, PAPER_TEMPLATE, Half, ReproductionConfig, prompts_of
 from safetyheads.heads import Group
 from safetyheads.judges.base import Judge
+from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.judges.named import judges_named
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.sahara import rank_heads, sahara
@@ -32,13 +38,15 @@ from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.audit import ANGLES
 from safetyheads.runs.config import Progress
-from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.kept_answers import KeptAnswers
-from safetyheads.runs.provenance import fingerprint, references_sha256
+from safetyheads.runs.provenance import canonical_name, fingerprint, references_sha256, versions
 from safetyheads.runs.rates import GroupAnswers
-from safetyheads.runs.run import Run
+from safetyheads.runs.run import Run, run_directory
 from safetyheads.scores import FunctionScorer, HeadScores
 
+KIND = "reproduction"
+"""Kind of the run, in manifest and results."""
 GROUP_SIZE = 3
 """Heads of a group where the paper gives no size: past three, it says, text turns to nonsense (Sec 4)."""
 SHORT = {UNDIFFERENTIATED_ATTENTION.name: "UA", SCALING_CONTRIBUTION.name: "SC"}
@@ -241,9 +249,9 @@ class Subject:
         return {group: by_set[heads] for group, heads in sorted_groups.items()}
 
     def by_own(self, size: int, ablation: Ablation, sampling: Sampling = GREEDY) -> list[GroupAnswers]:
-        """Answers of prompts that each ablate their own 1 to ``size`` top heads by Ships: one entry a size."""
-        answers, own = self._answers(sampling), query_level_groups(self.ships(ablation), size)
-        return answers.of_each("query_level", own, ablation)
+        """Answers of prompts that each ablate their own 1 to ``size`` top heads by Ships, as far as there are heads."""
+        answers, size = self._answers(sampling), min(size, len(self.engine.heads))
+        return answers.of_each("query_level", query_level_groups(self.ships(ablation), size), ablation)
 
     def _answers(self, sampling: Sampling) -> KeptAnswers:
         """Kept answers under groups; the drafts and passes of all other models are freed."""
@@ -294,3 +302,115 @@ def quoted(model: str, *keys: str) -> Any:
     for key in keys:
         numbers = numbers.get(key, numbers.get(Path(key).stem.lower())) if isinstance(numbers, dict) else None
     return numbers
+
+
+# A reproduction.
+
+
+def reproduce(
+    config: ReproductionConfig,
+    experiments: Sequence[Experiment],
+    out: Path,
+    load: Callable[[str], Engine],
+    progress: Progress,
+    command: Sequence[str] = (),
+    skips: bool = False,
+) -> dict[str, Any]:
+    """Run experiments into a run directory, in their order; what is there already is not run again.
+
+    A directory that holds other experiments of the same settings takes these too. ``load`` loads and proves a model by
+    its name. ``skips`` leaves out, saying why, what needs something that is not there or cannot be run on these models.
+
+    Raises:
+        InputError: bad settings or prompts, something needed is not there, or the directory is another run's.
+    """
+    given = config.template is not None
+    template = config.template or f"the organism's chat, {PAPER_TEMPLATE} for other models"
+    judges = "the paper's" if config.judges == ("paper",) else "as asked"
+    progress.say(
+        f"template {template} ({'as asked' if given else 'as in the paper'}), "
+        f"judge{'s' * (len(config.judges) > 1)} {', '.join(config.judges)} ({judges})"
+    )
+    lacking = {experiment.name: "; ".join(missing(experiment, config)) for experiment in experiments}
+    left_out = {name: f"It needs {needs}." for name, needs in lacking.items() if needs}
+    for name in left_out:
+        if not skips:
+            raise InputError(f"{name} needs a setting that is not given, {lacking[name]}")
+        progress.say(f"left out: {name}, which needs {lacking[name]}")
+    runnable = [experiment for experiment in experiments if experiment.name not in left_out]
+    with run_directory(out, _settings(config), progress, command) as run:
+        lab = Lab(config, run, progress, load)
+        count_requests_in(run.path, lab.judges)
+        for number, experiment in enumerate(runnable, 1):
+            progress.say(f"{number} of {len(runnable)}: {experiment.name}, {experiment.title}")
+            try:
+                _keep_outcome(run, experiment, lab)
+            except SafetyheadsError as error:
+                if not skips:
+                    raise
+                # What one experiment cannot be run on, others may be.
+                left_out[experiment.name] = str(error)
+                progress.say(f"left out: {experiment.name}. {error}")
+            _write(run, config, left_out)
+        if not runnable:
+            _write(run, config, left_out)
+        return run.read_results()
+
+
+def _settings(config: ReproductionConfig) -> dict[str, Any]:
+    """All that numbers depend on, weights aside: paths as they really are, and a hash of every set of prompts."""
+    settings = asdict(config)
+    for name in ("models", "templated", "base_models", "datasets"):
+        settings[name] = [canonical_name(named) for named in settings[name]]
+    for name in ("base", "related", "benign", "learn_harmful", "learn_benign"):
+        settings[name] = None if settings[name] is None else canonical_name(settings[name])
+    hashes = {}
+    for organism, model in {model.startswith(ORGANISM): model for model in reversed(config.models)}.items():
+        for name in config.prompt_names:
+            prompts = prompts_of(config, model, name, "test")
+            digest = hashlib.sha256(f"{prompts.sha256} {references_sha256(prompts)}".encode()).hexdigest()
+            hashes[f"{name}, organism" if organism else name] = digest
+    judges = [judge.describe() for judge in judges_named(config.judges, config.judge_device, config.judge_tokens)]
+    return {"kind": KIND, **settings, "prompts_sha256": hashes, "described_judges": judges, "versions": versions()}
+
+
+def _keep_outcome(run: RunDirectory, experiment: Experiment, lab: Lab) -> None:
+    """Run an experiment that the directory does not hold yet; of one that is there, check that weights are the same."""
+
+    def compute() -> list[dict[str, Any]]:
+        started = time.monotonic()
+        lab.used.clear()
+        outcome = _outcome(experiment, lab)
+        timed = {experiment.name: tables} if (tables := asdict(outcome)["timed"]) else {}
+        run.add_timings({"seconds": {experiment.name: time.monotonic() - started}, "timed": timed})
+        return [{"outcome": outcome.as_dict(), "used": sorted(lab.used)}]
+
+    (record,) = run.records("outcome", {"experiment": experiment.name}, compute)
+    for model in record["used"]:
+        lab.weights_of(model)
+
+
+def _write(run: RunDirectory, config: ReproductionConfig, left_out: Mapping[str, str]) -> None:
+    records = {record["outcome"]["name"]: record for record in run.stored_records("outcome")}
+    results = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "experiments": [records[name]["outcome"] for name in EXPERIMENTS if name in records],
+        "judge": config.judges[0],
+        "judges": list(config.judges),
+        "left_out": {name: why for name, why in left_out.items() if name not in records},
+        "catalogue": listed(config),
+    }
+    run.write_results(results)
+
+
+def _outcome(experiment: Experiment, lab: Lab) -> Outcome:
+    """Run an experiment; what the run directory holds is not measured again."""
+    function = getattr(import_module(f"safetyheads.experiments.{experiment.module}"), experiment.function)
+    about = (experiment.name, experiment.title, experiment.question)
+    outcome = Outcome(*about, caption=experiment.caption, shown=experiment.shown)
+    names = ("epsilon", "max_new_tokens", "search_score", "held_out", "seed")
+    outcome.settings = {name: getattr(lab.config, name) for name in names}
+    outcome.settings |= {"judges": list(lab.config.judges), "sampled": lab.sampled.name}
+    function(lab, outcome, **experiment.given)
+    return outcome

@@ -5,7 +5,7 @@ A measured number is never without its n; where it has an interval, that goes al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -14,6 +14,7 @@ from safetyheads.stats.testing import PairedDifference, holm_of_tests
 
 Row: TypeAlias = Mapping[str, Any]
 Kind: TypeAlias = Literal["text", "rate", "change", "number", "count", "p"]
+Number: TypeAlias = "Rate | PairedDifference | Mean | Measured"
 FigureKind: TypeAlias = Literal["bars", "lines", "heads", "matrix", "attention", "curves", "scatter"]
 
 
@@ -32,7 +33,7 @@ class Measured:
     """Two-sided, where a change was tested."""
 
     @classmethod
-    def of(cls, number: Rate | PairedDifference | Mean | Measured) -> Measured:
+    def of(cls, number: Number) -> Measured:
         """A rate with Wilson's interval, a paired change with Newcombe's and McNemar's p, a mean with Student's."""
         if isinstance(number, Measured):
             return number
@@ -40,6 +41,13 @@ class Measured:
         if isinstance(number, PairedDifference):
             return cls(number.change, number.n, low, high, number.p_value)
         return cls(number.rate if isinstance(number, Rate) else number.mean, number.n, low, high)
+
+    @classmethod
+    def spread(cls, values: Iterable[float | None], n: int | None = None) -> Measured:
+        """Mean of several numbers, such as those of random groups; in place of an interval, the lowest and highest."""
+        known = [value for value in values if value is not None]
+        n = len(known) if n is None else n
+        return cls(sum(known) / len(known), n, min(known), max(known)) if known else cls(None, n)
 
 
 @dataclass(slots=True)
@@ -80,31 +88,34 @@ class Outcome:
     def table(self, key: str, rows: Sequence[Row], *more: Sequence[str], **words: Any) -> None:
         """Append the table of that key in the catalogue; columns without cells are left out.
 
-        Rows hold cells by the keys of the columns, and may hold others whose keys begin with _. ``more`` are columns
-        (key, title, kind) that depend on the run; ``words`` are for the title and the caption.
+        Of each row the cells of columns are kept, and its ``name`` in results. ``more`` are columns (key, title, kind)
+        that depend on the run; ``words`` are for the title and the caption.
         """
         entry = self.shown["tables"][key]
+        columns = [column for given in entry["columns"] for column in (more if given == "..." else [given])]
+        keys = {"name", *(column[0] for column in columns)}
+        rows = [{key: _cell(cell) for key, cell in row.items() if key in keys} for row in rows]
         if entry.get("holm"):
             p_values = holm_of_tests(row["change"] and row["change"].p for row in rows)
             rows = [{**row, "p": p} for row, p in zip(rows, p_values, strict=True)]
-        columns = [
+        table = {part: entry.get(part, "").format(**words) for part in ("title", "caption")} | {"rows": rows}
+        table["columns"] = [
             dict(zip(("key", "title", "kind"), (*column, "text"), strict=False))
-            for given in entry["columns"]
-            for column in (more if given == "..." else [given])
+            for column in columns
             if not rows or any(column[0] in row for row in rows)
         ]
-        table = {part: entry.get(part, "").format(**words) for part in ("title", "caption")} | {"columns": columns}
-        table["rows"] = [{name: cell for name, cell in row.items() if not name.startswith("_")} for row in rows]
         (self.timed if entry.get("timed") else self.tables).append(table)
 
-    def figure(self, key: str, points: Iterable[Row], **words: Any) -> None:
-        """Append the figure of that key in the catalogue; ``words`` are for its texts."""
-        texts = {
-            name: text.format(**words) if isinstance(text, str) else text
-            for name, text in self.shown["figures"][key].items()
-        }
-        plain = {"caption": "", "value": "", "logarithmic": False, "share": True}
-        self.figures.append({**plain, **texts, "points": list(points)})
+    def figure(self, key: str, rows: Iterable[Row], **words: Any) -> None:
+        """Append the figure of that key in the catalogue; ``words`` are for its texts.
+
+        Rows are points, or where the entry says so hold cells that points are made of (:func:`points_of`).
+        """
+        entry = {"caption": "", "value": "", "logarithmic": False, "share": True, **self.shown["figures"][key]}
+        of, place = entry.pop("of", None), entry.pop("place", {})
+        texts = {name: text.format(**words) if isinstance(text, str) else text for name, text in entry.items()}
+        points = rows if of is None else points_of(rows, of, place, entry["kind"])
+        self.figures.append({**texts, "points": list(points)})
 
     def note(self, *notes: str) -> None:
         """Append notes that are not there yet."""
@@ -119,13 +130,13 @@ class Outcome:
         self.models = list(dict.fromkeys((*self.models, model)))
         self.not_meaningful = list(dict.fromkeys((*self.not_meaningful, *reasons)))
 
-    def lead(self, model: str, label: str, value: Measured | float, kind: Kind = "rate") -> None:
+    def lead(self, model: str, label: str, value: Number | float, kind: Kind = "rate") -> None:
         """Append a row to the headline."""
-        self.headline.append({"model": model, "label": label, "value": value, "kind": kind})
+        self.headline.append({"model": model, "label": label, "value": _cell(value), "kind": kind})
 
-    def lead_means(self, model: str, numbers: Iterable[tuple[str, Measured]], kind: Kind = "rate") -> None:
+    def lead_means(self, model: str, numbers: Iterable[tuple[str, Number]], kind: Kind = "rate") -> None:
         """Append the mean of the numbers of each label, such as rates of several datasets."""
-        by_label: dict[str, list[Measured]] = {}
+        by_label: dict[str, list[Number]] = {}
         for label, number in numbers:
             by_label.setdefault(label, []).append(number)
         for label, of_label in by_label.items():
@@ -136,13 +147,39 @@ class Outcome:
         return {name: value for name, value in asdict(self).items() if name not in ("timed", "shown")}
 
 
-def point(number: Rate | PairedDifference | Mean | Measured, **where: Any) -> dict[str, Any]:
+def _cell(cell: Any) -> Any:
+    return Measured.of(cell) if isinstance(cell, Rate | PairedDifference | Mean) else cell
+
+
+def points_of(
+    rows: Iterable[Row], of: Mapping[str, str], place: Mapping[str, str], kind: FigureKind
+) -> Iterator[dict[str, Any]]:
+    """A point of each row and each of its cells that ``of`` names.
+
+    ``place`` says where it stands: by the key of another cell, or by a text with such keys in braces; ``{of}`` is the
+    name, in which braces may stand too.
+    """
+    for row in rows:
+        for key, name in of.items():
+            if row.get(key) is not None:
+                cells = {**row, "of": name.format(**row)}
+                drawn = point(row[key])
+                if kind == "heads":  # whose squares have no room for intervals
+                    del drawn["low"], drawn["high"]
+                if kind == "matrix":
+                    value = drawn["value"] = drawn.pop("y")
+                    drawn["text"] = "–" if value is None else f"{value:+.2f}"
+                where = {field: cells[text] if text in cells else text.format(**cells) for field, text in place.items()}
+                yield drawn | where
+
+
+def point(number: Number, **where: Any) -> dict[str, Any]:
     """A point of a figure: its place, and the number with interval and n."""
     measured = Measured.of(number)
     return {**where, "y": measured.value, "low": measured.low, "high": measured.high, "n": measured.n}
 
 
-def mean_of(numbers: Iterable[Measured]) -> Measured:
+def mean_of(numbers: Iterable[Number]) -> Measured:
     """The mean of the numbers that were scored, such as rates of several datasets; n is the sum of theirs."""
-    known = [(number.value, number.n) for number in numbers if number.value is not None]
+    known = [(number.value, number.n) for number in map(Measured.of, numbers) if number.value is not None]
     return Measured(sum(value for value, _ in known) / len(known) if known else None, sum(n for _, n in known))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +23,12 @@ ORGANISM = "demo:"
 """Prefix of the names of embedded checkpoints."""
 PAPER_TEMPLATE = "query_answer"
 """Template of models that are no organism, where none is given."""
-SEARCH_SCORES = ("mean_ships", "generalized_ships_prompt", "generalized_ships_representation")
-"""Scores that Sahara may search by."""
+SEARCH_SCORES = {
+    "mean_ships": "mean Ships",
+    "generalized_ships_prompt": "Generalized Ships, prompt space",
+    "generalized_ships_representation": "Generalized Ships, representation space",
+}
+"""Scores that Sahara may search by, with their titles."""
 BENIGN = "benign"
 """Name of the benign prompts among the datasets."""
 LEARN_HARMFUL, LEARN_BENIGN = "learn harmful", "learn benign"
@@ -149,43 +155,15 @@ class ReproductionConfig(JudgeOptions):
         if unknown := [name for name in given if name not in known]:
             raise InputError(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(known)}")
         values = {name: _as_field(value, getattr(cls(), name)) for name, value in given.items()}
-        named = values["models"] = tuple(models) or values.get("models", ())
+        own = values.pop("models", ())
+        named: dict[str, Any] = {"models": tuple(models) or own} if models or own else {}
         try:
             # The file's models are checked with all else, before any of them is looked at.
-            checked = replace(cls(), **{name: value for name, value in values.items() if name != "models" or named})
+            checked = replace(cls(), **values, **named)
             start = cls.for_models(checked.models if named else ())
-            return replace(start, **{name: getattr(checked, name) for name in values if name != "models" or named})
+            return replace(start, **{name: getattr(checked, name) for name in values})
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-
-
-PAPER = ReproductionConfig(
-    base=None,
-    related=None,
-    templated=(),
-    base_models=(),
-    datasets=("advbench", "jailbreakbench", "maliciousinstruct"),
-    benign="benign",
-    learn_harmful="",
-    learn_benign="benign",
-    official="llama2",
-    search_score="generalized_ships_prompt",
-    held_out=False,
-    limit=None,
-    task_limit=None,
-    tasks=("boolq", "rte", "winogrande", "arc_challenge", "openbookqa"),
-)
-"""The paper's settings, for models that are not embedded."""
-SMOLLM2_SETTINGS = replace(
-    PAPER,
-    datasets=("jailbreakbench",),
-    template="chat",
-    judges=("phrases",),
-    search_score="mean_ships",
-    held_out=True,
-    limit=100,
-)
-"""Settings for SmolLM2 and its adapters, a chat model that refuses in words of its own."""
 
 
 def _as_field(value: Any, default: Any) -> Any:
@@ -193,6 +171,19 @@ def _as_field(value: Any, default: Any) -> Any:
     if isinstance(value, list):
         return tuple(_as_field(item, default[0] if isinstance(default, tuple) and default else None) for item in value)
     return float(value) if isinstance(default, float) and isinstance(value, int) and value is not True else value
+
+
+def _settings(name: str, start: ReproductionConfig) -> ReproductionConfig:
+    given = tomllib.loads(files(__package__).joinpath("settings.toml").read_text("utf-8"))[name]
+    values: dict[str, Any] = dict.fromkeys(given.pop("without", ()))
+    values |= {key: _as_field(value, getattr(start, key)) for key, value in given.items()}
+    return replace(start, **values)
+
+
+PAPER = _settings("paper", ReproductionConfig())
+"""The paper's settings, for models that are not embedded."""
+SMOLLM2_SETTINGS = _settings("smollm2", PAPER)
+"""Settings for SmolLM2 and its adapters."""
 
 
 def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half, prefill: str = "") -> PromptSet:

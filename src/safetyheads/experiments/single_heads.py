@@ -1,38 +1,52 @@
-"""Measures every head alone: its ASR, how its scores are distributed, which heads are the top (Fig 4b, 13, 5)."""
+"""Measures every head alone: ASR, distribution of scores, top heads, and what that costs (Fig 4b, 13, 5, Table 2).
+
+Of costs, counts are the same on every machine and are results; seconds are this machine's and are kept apart.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations, product
 from typing import Any, TypeAlias
 
 import numpy as np
+import scipy  # its modules load on first use
+import torch
 from numpy.typing import NDArray
 
 from safetyheads.ablation import Ablation
+from safetyheads.answers.decoding import Decoding, end_tokens
+from safetyheads.answers.success import answers_under
+from safetyheads.answers.success import scan_attack_success_rate as scan
 from safetyheads.demo import planted_heads
 from safetyheads.display import in_clusters
 from safetyheads.errors import InputError
-from safetyheads.experiments.lab import SHORT, Lab, Subject
-from safetyheads.experiments.outcome import Measured, Outcome, Row, point
+from safetyheads.experiments.lab import SHORT, Lab, Subject, quoted
+from safetyheads.experiments.outcome import Measured, Outcome, Row
 from safetyheads.experiments.settings import SEARCH_SCORES
+from safetyheads.heads import Head
+from safetyheads.measures.scorers import ships
+from safetyheads.measures.screening import screen
 from safetyheads.model.engine import Engine
-from safetyheads.stats.intervals import CONFIDENCE
+from safetyheads.model.planning import TokenSequence, row_sizes
+from safetyheads.runs.rates import GroupAnswers, corrected
+from safetyheads.scores import HeadScores
+from safetyheads.stats.intervals import CONFIDENCE, Rate
 from safetyheads.stats.power import smallest_change_with_power
 from safetyheads.stats.ranking import proxy_qualities, split_half, top, top_overlap
+from safetyheads.stats.stability import resampled
 from safetyheads.stats.testing import ALPHA, holm
 
 N_LISTED = 10
 """Heads of each dataset's table."""
-SCORES = {
-    "mean_ships": "mean Ships",
-    "generalized_ships_prompt": "Generalized Ships, prompt space",
-    "generalized_ships_representation": "Generalized Ships, representation space",
-}
-"""Titles of the search scores."""
-_REGRETS = (1, 3)
+
+
+def rates_of(answers: GroupAnswers) -> dict[str, Rate]:
+    """What becomes of answers, by the keys of columns."""
+    return {"asr": answers.asr, "coherent": answers.coherent_asr, "nonsense": answers.nonsense}
 
 
 def fig4b(lab: Lab, outcome: Outcome) -> None:
@@ -40,24 +54,21 @@ def fig4b(lab: Lab, outcome: Outcome) -> None:
     for model, subjects in lab.each_model(outcome):
         measured = {subject: _heads(subject) for subject in subjects}
         rows = [row for heads in measured.values() for row in heads]
-        points: list[Row] = [
-            {"layer": row["_head"].layer, "head": row["_head"].index, "y": row["asr"].value, "n": row["asr"].n}
-            | {"marked": row["_marked"], "panel": row["_dataset"]}
-            for row in rows
-        ]
-        outcome.figure("map", points, model=model)
+        outcome.figure("map", rows, model=model)
         columns: list[tuple[str, str, str]] = []
-        for name in SEARCH_SCORES:
+        for name, title in SEARCH_SCORES.items():
             unit = subjects[0].search_half.scores(name, lab.ablations[0]).unit
-            points = [
-                point(row["asr"], x=row[name], series=row["_series"], panel=row["_dataset"], label=row["head"])
-                for row in rows
-            ]
-            outcome.figure("scatter", points, model=model, score=SCORES[name], unit=unit)
-            columns += [(name, f"{SCORES[name]}, {unit}", "number"), (f"{name}_rank", "rank", "count")]
-        outcome.table("scores", [row for heads in measured.values() for row in _proxies(heads)], model=model)
+            placed = [{**row, "x": row[name]} for row in rows]
+            outcome.figure("scatter", placed, model=model, score=title, unit=unit)
+            columns += [(name, f"{title}, {unit}", "number"), (f"{name}_rank", "rank", "count")]
+        proxies = [
+            {"dataset": subject.dataset, **row}
+            for subject, heads in measured.items()
+            for row in score_rows(heads, SEARCH_SCORES)
+        ]
+        outcome.table("scores", proxies, model=model)
         for subject, heads in measured.items():
-            best = sorted(heads, key=lambda row: -(row["asr"].value or 0.0))[:N_LISTED]
+            best = sorted(heads, key=lambda row: -(row["asr"].rate or 0.0))[:N_LISTED]
             n, n_heads = len(subject.prompts), len(heads)
             least = smallest_change_with_power(subject.prompts.n_clusters or n, 0.0, ALPHA, n_heads)
             words: dict[str, Any] = {"listed": len(best), "n_heads": n_heads, "n": n}
@@ -69,60 +80,61 @@ def fig4b(lab: Lab, outcome: Outcome) -> None:
 
 def _heads(subject: Subject) -> list[dict[str, Any]]:
     """A row for each head alone, with its scores; an unscored answer counts as not complied."""
-    lab = subject.lab
-    ablation, vanilla, planted = lab.ablations[0], subject.vanilla(lab.sampled), planted_heads(subject.model)
-    answers = subject.by_group([(head,) for head in subject.engine.heads], ablation, lab.sampled)
-    changes = {head: answered.change_from(vanilla) for (head,), answered in answers.items()}
-    adjusted = holm([1.0 if change.p_value is None else change.p_value for change in changes.values()])
-    scores = {name: subject.search_half.scores(name, ablation) for name in SEARCH_SCORES}
-    ranks = {name: {head: at for at, (head, _) in enumerate(table.ranked(), 1)} for name, table in scores.items()}
-    rows = []
-    for (head, change), p in zip(changes.items(), adjusted, strict=True):
-        differs = p < ALPHA and (change.change or 0.0) > 0
-        marked = head in planted if planted else differs
-        rows.append(
-            {
-                "head": str(head),
-                **({"planted": "yes" if head in planted else ""} if planted else {}),
-                "asr": Measured.of(answers[(head,)].asr),
-                "change": Measured.of(change),
-                "p": p,
-                **{name: table[head] for name, table in scores.items()},
-                **{f"{name}_rank": ranks[name][head] for name in scores},
-                "_head": head,
-                "_dataset": subject.dataset,
-                "_complied": answers[(head,)].complied(),
-                "_differs": differs,
-                "_marked": marked,
-                "_series": ("planted" if marked else "other") if planted else f"{'' if marked else 'no '}higher ASR",
-            }
-        )
+    lab, planted = subject.lab, planted_heads(subject.model)
+    answers = subject.by_group([(head,) for head in subject.engine.heads], lab.ablations[0], lab.sampled)
+    scores = {name: subject.search_half.scores(name, lab.ablations[0]) for name in SEARCH_SCORES}
+    alone = {head: answered for (head,), answered in answers.items()}
+    rows = heads_alone(alone, subject.vanilla(lab.sampled), scores, "p_holm")
+    for head, row in zip(alone, rows, strict=True):
+        row["dataset"] = subject.dataset
+        if planted:
+            row |= {"planted": "yes" if head in planted else "", "marked": head in planted}
+            row["series"] = "planted" if head in planted else "other"
     return rows
 
 
-def _proxies(heads: Sequence[dict[str, Any]]) -> list[Row]:
-    complied = np.array([row["_complied"] for row in heads], float).T
-    differs = np.array([row["_differs"] for row in heads], bool)
-    values = {SCORES[name]: np.array([row[name] for row in heads], float) for name in SEARCH_SCORES}
+def heads_alone(
+    answers: Mapping[Head, GroupAnswers], vanilla: GroupAnswers, scores: Mapping[str, HeadScores], correction: str
+) -> list[dict[str, Any]]:
+    """A row for each head: rates of its answers, the change of the ASR with p after a correction, scores and ranks."""
+    changes = {head: answered.change_from(vanilla) for head, answered in answers.items()}
+    p_values = corrected({str(head): change for head, change in changes.items()})
+    ranks = {name: {head: at for at, (head, _) in enumerate(table.ranked(), 1)} for name, table in scores.items()}
+    rows = []
+    for head, change in changes.items():
+        p = p_values[str(head)][correction]
+        differs = p < ALPHA and (change.change or 0.0) > 0
+        row = {"head": str(head), **rates_of(answers[head]), "change": change, "p": p}
+        row |= {f"{name}_rank": of_head[head] for name, of_head in ranks.items()}
+        row |= {name: table[head] for name, table in scores.items()} | {"complied": answers[head].complied()}
+        row |= {"layer": head.layer, "index": head.index, "differs": differs, "marked": differs}
+        rows.append({**row, "series": f"{'' if differs else 'no '}higher ASR"})
+    return rows
+
+
+def score_rows(
+    heads: Sequence[Row], titles: Mapping[str, str], before: Sequence[float] | None = None
+) -> list[dict[str, Any]]:
+    """How well each score stands for the ASR, and the ASR of half of the prompts: a row for each, from rows of heads.
+
+    ``before``: which prompts comply unablated, for an interval of the AUC.
+    """
+    complied = np.array([row["complied"] for row in heads], float).T
+    differs = np.array([row["differs"] for row in heads], bool)
+    values = {title: np.array([row[name] for row in heads], float) for name, title in titles.items()}
     halves = split_half(complied, differs)
-    return [
-        {
-            "dataset": heads[0]["_dataset"],
-            "score": "split half" if quality.score == "split_half" else quality.score,
-            "spearman": None
-            if quality.spearman is None
-            else Measured(quality.spearman, len(complied), *(quality.spearman_interval or ())),
-            "auc": None if quality.auc is None else Measured(quality.auc, quality.n_heads),
-            "auc_p": quality.auc_p_value,
-            "differing": quality.n_differing,
-        }
-        | {
-            f"regret_{size.k}": Measured(size.regret_on_halves, len(complied), *(size.halves_interval or ()))
-            for size in quality.sizes
-            if size.k in _REGRETS
-        }
-        for quality in (*proxy_qualities(values, complied, differs), *([halves] if halves else []))
-    ]
+    unablated, n = None if before is None else np.array(before, float), len(complied)
+    rows: list[dict[str, Any]] = []
+    for quality in (*proxy_qualities(values, complied, differs, unablated), *([halves] if halves else [])):
+        row: dict[str, Any] = {"score": quality.score.replace("_", " "), "bound": quality.bound}
+        for key, of in (("spearman", n), ("auc", quality.n_heads)):
+            value, interval = getattr(quality, key), getattr(quality, f"{key}_interval")
+            row[key] = None if value is None else Measured(value, of, *(interval or ()))
+        row |= {"auc_p": quality.auc_p_value, "differing": quality.n_differing}
+        for size in quality.sizes:
+            row[f"regret_{size.k}"] = Measured(size.regret_on_halves, n, *(size.halves_interval or ()))
+        rows.append(row)
+    return rows
 
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -144,26 +156,27 @@ def fig13(lab: Lab, outcome: Outcome) -> None:
     for model, subjects in lab.each_model(outcome):
         every = product(subjects, lab.ablations, SEARCH_SCORES)
         rows = [_scored(subject.search_half, ablation, name) for subject, ablation, name in every]
-        for title in SCORES.values():
+        for title in SEARCH_SCORES.values():
             of_score = [row for row in rows if row["score"] == title]
-            unit = of_score[0]["_unit"]
+            unit = of_score[0]["unit"]
             words = {"model": model, "score": title, "unit": unit, "per": unit.removesuffix("s")}
             steps, densities, widths = list[Row](), list[Row](), list[str]()
             for row in of_score:
-                heights, shares = empirical_cdf(row["_values"])
-                drawn = np.unique(np.linspace(0, len(heights) - 1, min(len(heights), _MOST_DRAWN)).round().astype(int))
+                cdf = scipy.stats.ecdf(row["values"]).cdf
+                n = len(cdf.quantiles)
+                drawn = np.unique(np.linspace(0, n - 1, min(n, _MOST_DRAWN)).round().astype(int))
                 where = {"series": row["dataset"], "panel": row["ablation"]}
-                steps += [{**where, "x": float(heights[at]), "y": float(shares[at])} for at in drawn]
-                if density := kernel_density(row["_values"]):
-                    *curve, bandwidth = density
-                    densities += [{**where, "x": float(x), "y": float(y)} for x, y in zip(*curve, strict=True)]
+                steps += _curve(where, cdf.quantiles[drawn], cdf.probabilities[drawn])
+                if density := kernel_density(row["values"]):
+                    scores, heights, bandwidth = density
+                    densities += _curve(where, scores, heights)
                     widths.append(f"{row['dataset']} {row['ablation']} {bandwidth:.3g}")
             outcome.figure("cdf", steps, **words)
             if densities:
                 outcome.figure("density", densities, **words, bandwidths=", ".join(widths))
         outcome.table("tail", rows, model=model)
         for row in rows:
-            if row["score"] == SCORES["mean_ships"]:
+            if row["score"] == SEARCH_SCORES["mean_ships"]:
                 label = f"{row['dataset']}, {row['ablation']}, Gini index of mean Ships"
                 outcome.lead(model, label, row["gini"], "number")
 
@@ -180,28 +193,25 @@ def _scored(subject: Subject, ablation: Ablation, name: str) -> Row:
     measured = {key: Measured(None if math.isnan(value) else value, n_prompts) for key, value in numbers.items()}
     if name == "mean_ships" and n_prompts > 1 and not math.isnan(numbers["gini"]):
         by_prompt = subject.ships(ablation).values.numpy().reshape(n_prompts, -1)[:, present]
-        rng = np.random.default_rng(subject.lab.config.seed)
-        draws = rng.multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=N_RESAMPLES) / n_prompts @ by_prompt
+        draws = resampled(n_prompts, N_RESAMPLES, seed=subject.lab.config.seed) @ by_prompt
         for key, index in indices.items():
             ends = np.nanquantile(index(draws), ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
             measured[key] = Measured(numbers[key], n_prompts, *ends.tolist())
     return {
-        "score": SCORES[name],
+        "score": SEARCH_SCORES[name],
         "dataset": subject.dataset,
         "ablation": SHORT[ablation.name],
         "heads": len(values),
         "counted": k,
         "even": k / len(values),
         **measured,
-        "_values": values,
-        "_unit": scores.unit,
+        "values": values,
+        "unit": scores.unit,
     }
 
 
-def empirical_cdf(values: Floats) -> tuple[Floats, Floats]:
-    """The different scores, lowest first, and the share of heads with at most each."""
-    heights, counts = np.unique(values, return_counts=True)
-    return heights, np.cumsum(counts) / len(values)
+def _curve(where: Row, xs: Floats, ys: Floats) -> list[Row]:
+    return [{**where, "x": x, "y": y} for x, y in zip(xs.tolist(), ys.tolist(), strict=True)]
 
 
 def kernel_density(values: Floats) -> tuple[Floats, Floats, float] | None:
@@ -209,11 +219,9 @@ def kernel_density(values: Floats) -> tuple[Floats, Floats, float] | None:
 
     Scores [N_GRID] in their unit, the density there [N_GRID] per unit, and the kernel's standard deviation.
     """
-    from scipy.stats import gaussian_kde
-
     if len(values) < 2 or float(np.ptp(values)) == 0.0:
         return None
-    estimate = gaussian_kde(values)
+    estimate = scipy.stats.gaussian_kde(values)
     bandwidth = math.sqrt(float(estimate.covariance[0, 0]))
     margin = _BEYOND * bandwidth
     scores = np.linspace(values.min() - margin, values.max() + margin, N_GRID)
@@ -269,8 +277,8 @@ def fig5(lab: Lab, outcome: Outcome) -> None:
             rows.append(
                 {
                     "comparison": comparison,
-                    "first": one["_label"],
-                    "second": ("" if other["model"] == model else f"{other['model']}: ") + other["_label"],
+                    "first": one["label"],
+                    "second": ("" if other["model"] == model else f"{other['model']}: ") + other["label"],
                     "shared": overlap.shared,
                     "sizes": " and ".join(map(str, overlap.sizes)),
                     "expected": overlap.expected,
@@ -278,8 +286,9 @@ def fig5(lab: Lab, outcome: Outcome) -> None:
                     "heads": ", ".join(head for head in one["heads"] if head in other["heads"]),
                 }
             )
-        tested = [{**row, "p_holm": p} for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True)]
-        outcome.table("overlap", tested, model=model)
+        for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+            row["p_holm"] = p
+        outcome.table("overlap", rows, model=model)
         outcome.lead(model, f"heads shared of the top {k} of {n_heads} by chance", k * k / n_heads, "number")
         for comparison in dict.fromkeys(row["comparison"] for row in rows):
             shared = [row["shared"] for row in rows if row["comparison"] == comparison]
@@ -325,7 +334,7 @@ def _rankings(lab: Lab, outcome: Outcome, model: str) -> list[Row]:
             best = top({str(head): value for head, value in table.items()}, size_of_top(len(table)), resolution)
             short = SHORT[ablation.name]
             ranking = {"model": model, "dataset": dataset, "ablation": short, "heads": best}
-            rankings.append(ranking | {"_label": f"{short}, {dataset}"})
+            rankings.append(ranking | {"label": f"{short}, {dataset}"})
     return rankings
 
 
@@ -338,7 +347,7 @@ def _pairs(rankings: Sequence[Row], others: Sequence[Row]) -> Iterator[tuple[str
         if first["ablation"] == second["ablation"] and ALL_DATASETS not in (first["dataset"], second["dataset"]):
             yield f"datasets, {first['ablation']}", first, second
     for first, second in product(rankings, others):
-        if first["_label"] == second["_label"]:
+        if first["label"] == second["label"]:
             yield f"models, {first['ablation']}", first, second
 
 
@@ -346,4 +355,89 @@ def _matrix(down: Sequence[Row], across: Sequence[Row]) -> Iterator[Row]:
     for row, column in product(down, across):
         shared = len(set(row["heads"]) & set(column["heads"]))
         numbers = {"value": shared, "text": str(shared), "low": None, "high": None}
-        yield {"x": column["_label"], "y": row["_label"], "panel": "", **numbers}
+        yield {"x": column["label"], "y": row["label"], "panel": "", **numbers}
+
+
+# Heads that slow ways are timed on, spread over the layers; prompts of the slowest.
+_SAMPLED = 4
+_UNCACHED_PROMPTS = 4
+
+
+def table2(lab: Lab, outcome: Outcome) -> None:
+    """Our passes, the screening, the exhaustive scan and plain full generation, on the first model and dataset."""
+    model, label = lab.config.models[0], "operations of a plain loop, times those of one score pass"
+    for subject in lab.subjects(outcome, model, most=1):
+        engine, n = subject.engine, len(subject.prompts)
+        sequences, n_heads = [TokenSequence(ids) for ids in subject.asked_prompts.token_ids], len(engine.heads)
+        words = {"model": model, "n_heads": n_heads, "n": n, "dataset": subject.dataset}
+        # Counted, so the same on every machine.
+        sizes = row_sizes(sequences, engine.plan(sequences))
+        ours = engine.costs.forward_flops(sizes) + engine.costs.scan_flops(sizes, engine.heads)
+        alone = (engine.costs.forward_flops(row_sizes([one], engine.plan([one]))) for one in sequences)
+        plain = n_heads * sum(alone)
+        counts = [
+            {"way": "score pass", "gflop": ours / 1e9, "runs": n_heads * len(sizes), "ratio": 1.0},
+            {"way": "plain score loop", "gflop": plain / 1e9, "runs": n_heads * n, "ratio": plain / ours},
+        ]
+        outcome.lead(model, label, plain / ours, "number")
+        outcome.table("counts", counts, **words)
+        machine = {"device": subject.engine.device, "threads": torch.get_num_threads()}
+        outcome.table("seconds", _timed(lab, subject), **words, **machine)
+    numbers = quoted("llama-2-7b-chat", "table2").items()
+    outcome.say("paper", hours="; ".join(f"{name} {hours:g} A100 hours" for name, hours in numbers))
+
+
+def _timed(lab: Lab, subject: Subject) -> list[Row]:
+    """Times every way once, scaled to all heads. What the run directory holds is not used: it would cost nothing."""
+    engine, prompts, heads = subject.engine, subject.prompts, subject.engine.heads
+    ablation, n_new, judge = lab.ablations[0], lab.config.max_new_tokens, lab.judges[0]
+    n, n_heads, few = len(prompts), len(heads), prompts[:_UNCACHED_PROMPTS]
+    n_sampled = min(_SAMPLED, n_heads)
+    sample = tuple(heads[(2 * place + 1) * n_heads // (2 * n_sampled)] for place in range(n_sampled))
+    sequences = [TokenSequence(ids) for ids in engine.ask(prompts).token_ids]
+
+    def plain_loop() -> None:
+        """One full forward a head and prompt."""
+        for head in sample:
+            with engine.ablated((head,), ablation) as model:
+                for sequence in sequences:
+                    model(torch.tensor([sequence.token_ids], device=engine.device), use_cache=False)
+
+    def uncached() -> None:
+        """Answers that run the whole text again for every token, as the paper's code does."""
+        ends = end_tokens(engine)
+        with engine.ablated(sample[:1], ablation) as model:
+            for prompt in engine.ask(few).token_ids:
+                tokens = list(prompt)
+                while len(tokens) < len(prompt) + n_new:
+                    logits = model(torch.tensor([tokens], device=engine.device), use_cache=False).logits[0, -1]
+                    chosen = int(logits.argmax())
+                    if chosen in ends:
+                        break
+                    tokens.append(chosen)
+
+    def plain() -> object:
+        return answers_under(
+            engine, prompts, [[(head,)] * n for head in sample], ablation, judge, Decoding(n_new, full_answers=True)
+        )
+
+    ways: list[tuple[str, str, int, int, Callable[[], Any]]] = [
+        ("screening", "forecast of Ships", n_heads, n, lambda: screen(engine, sequences, ablation).table()),
+        ("score pass", "Ships", n_heads, n, lambda: ships(engine, prompts, ablation)),
+        ("plain score loop", "Ships", n_sampled, n, torch.inference_mode()(plain_loop)),
+        ("exhaustive scan", "ASR", n_heads, n, lambda: scan(engine, prompts, ablation, judge, Decoding(n_new))),
+        ("plain generation, cached and batched", "ASR", n_sampled, n, plain),
+        ("plain generation, no cache", "ASR", 1, len(few), torch.inference_mode()(uncached)),
+    ]
+    rows: list[Row] = []
+    with lab.progress.track("table2: timing", len(ways)) as done:
+        for way, gives, heads_run, prompts_run, run in ways:
+            started = time.monotonic()
+            run()
+            if engine.device.type == "cuda":
+                torch.cuda.synchronize(engine.device)
+            seconds = (time.monotonic() - started) * n_heads / heads_run * n / prompts_run
+            timed_on = f"{heads_run} heads x {prompts_run} prompts"
+            rows.append({"way": way, "gives": gives, "seconds": seconds, "hours": seconds / 3600, "run": timed_on})
+            done(1)
+    return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain, combinations
 from typing import Any
@@ -12,8 +13,9 @@ import numpy as np
 from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Decoding
 from safetyheads.experiments.lab import PAPER_NUMBERS, SHORT, Lab, Subject
-from safetyheads.experiments.outcome import Measured, Outcome, Row, point
+from safetyheads.experiments.outcome import Measured, Outcome, Row
 from safetyheads.experiments.settings import BENIGN
+from safetyheads.experiments.single_heads import heads_alone, rates_of, score_rows
 from safetyheads.heads import Group, Head, format_heads
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.sahara import sahara
@@ -21,10 +23,9 @@ from safetyheads.measures.scorers import answer_sequences, scorer_of
 from safetyheads.runs.audit import ANGLES, LEAD, SCORE_LABELS, scores_of
 from safetyheads.runs.config import ScanConfig
 from safetyheads.runs.kept_answers import KeptAnswers
-from safetyheads.runs.rates import GroupAnswers, corrected, gross_loss
+from safetyheads.runs.rates import GroupAnswers, gross_loss
 from safetyheads.runs.run import Run
 from safetyheads.stats.intervals import Rate, skewed_mean
-from safetyheads.stats.ranking import proxy_qualities, split_half
 from safetyheads.stats.testing import ALPHA, paired_difference, random_p_value
 
 N_CANDIDATES = 16
@@ -38,7 +39,6 @@ DAMAGE_TOKENS = 12
 _THREE = 3
 _N_LISTED = 10
 _FORECAST = "screened_mean_ships"
-_RATES = {"asr": "ASR", "coherent": "coherent ASR", "nonsense": "nonsense"}
 
 
 def study(lab: Lab, outcome: Outcome) -> None:
@@ -50,14 +50,19 @@ def study(lab: Lab, outcome: Outcome) -> None:
             words = {"model": model, "dataset": dataset, "ablation": SHORT.get(name, name)}
             for label, number in measured.headline().items():
                 outcome.lead(model, f"{dataset}, {words['ablation']}, {label}", number)
-            outcome.figure("map", measured.map_points(), **words)
-            for name in measured.scores:
-                points = measured.scatter_points(name)
-                outcome.figure("scatter", points, score=SCORE_LABELS[name], unit=measured.scores[name].unit, **words)
-            outcome.figure("groups", measured.size_points(), **words)
-            outcome.table("heads", measured.heads_table(), *measured.score_columns(), listed=_N_LISTED, **words)
-            outcome.table("scores", measured.scores_table(), **words)
-            outcome.table("groups", measured.groups_table(), **words)
+            outcome.figure("map", measured.heads, **words)
+            for name, table in measured.scores.items():
+                rows = [{**row, "x": row[name], "by": name} for row in measured.heads]
+                outcome.figure("scatter", rows, score=SCORE_LABELS[name], unit=table.unit, **words)
+            groups = measured.groups_table()
+            along = [
+                {**row, "by": SCORE_LABELS[LEAD]} for row in groups if row["way"] in ("unablated", SCORE_LABELS[LEAD])
+            ]
+            outcome.figure("groups", along, **words)
+            ranks = [(f"{name}_rank", f"rank, {SCORE_LABELS[name]}", "count") for name in measured.scores]
+            outcome.table("heads", measured.heads_table(), *ranks, listed=_N_LISTED, **words)
+            outcome.table("scores", measured.qualities, **words)
+            outcome.table("groups", groups, **words)
             outcome.table("claims", measured.claims_table(outcome.shown["notes"]), **words)
 
 
@@ -90,9 +95,9 @@ class _Study:
         return dict(zip(heads, answers, strict=True))
 
     @cached_property
-    def changes(self) -> dict[str, dict[str, Any]]:
-        """How each head's ablation changes the ASR, with corrected p values."""
-        return corrected({str(head): answers.change_from(self.vanilla) for head, answers in self.alone.items()})
+    def heads(self) -> list[dict[str, Any]]:
+        """A row for each head ablated alone."""
+        return heads_alone(self.alone, self.vanilla, self.scores, "p_tarone")
 
     @cached_property
     def strongest(self) -> tuple[Head, ...]:
@@ -197,128 +202,51 @@ class _Study:
 
     # What is shown.
 
-    def headline(self) -> dict[str, Measured]:
+    def headline(self) -> dict[str, Rate]:
         """The numbers to read first."""
         best = self.strongest[0]
+        first = self.found[LEAD][0]
         return {
-            "coherent ASR unablated": Measured.of(self.vanilla.coherent_asr),
-            f"coherent ASR without head {best}, the highest": Measured.of(self.alone[best].coherent_asr),
-            f"coherent ASR without {self.found[LEAD][0]}, first by mean Ships": Measured.of(
-                self.alone[self.found[LEAD][0]].coherent_asr
-            ),
+            "coherent ASR unablated": self.vanilla.coherent_asr,
+            f"coherent ASR without head {best}, the highest": self.alone[best].coherent_asr,
+            f"coherent ASR without {first}, first by mean Ships": self.alone[first].coherent_asr,
         }
 
-    def map_points(self) -> list[Row]:
-        """What becomes of the answers without each head; marked are those whose ASR is higher."""
-        return [
-            {"layer": head.layer, "head": head.index, "y": rate.value, "n": rate.n}
-            | {"marked": self._differs(head), "panel": _RATES[name]}
-            for head, answers in self.alone.items()
-            for name, rate in self._rates(answers).items()
-        ]
-
-    def scatter_points(self, name: str) -> list[Row]:
-        """A score of every head against its ASR."""
-        return [
-            point(answers.asr, x=self.scores[name][head], label=str(head))
-            | {"series": f"{'' if self._differs(head) else 'no '}higher ASR", "panel": name}
-            for head, answers in self.alone.items()
-        ]
-
-    def _differs(self, head: Head) -> bool:
-        change = self.changes[str(head)]
-        return bool(change["p_tarone"] < ALPHA and (change["change"] or 0.0) > 0)
-
-    def score_columns(self) -> list[tuple[str, str, str]]:
-        """A column with the rank by each score."""
-        return [(f"{name}_rank", f"rank, {SCORE_LABELS[name]}", "count") for name in self.scores]
-
     def heads_table(self) -> list[Row]:
-        """The heads of the highest coherent ASR, with the ranks that the scores give them."""
-        ranks = {name: [head for head, _ in table.ranked()] for name, table in self.scores.items()}
-        return [
-            {
-                "head": str(head),
-                **self._rates(self.alone[head]),
-                "change": Measured.of(self.alone[head].change_from(self.vanilla)),
-                "p": self.changes[str(head)]["p_tarone"],
-                **self.on_benign[(head,)],
-                **{f"{name}_rank": 1 + ranking.index(head) for name, ranking in ranks.items()},
-            }
-            for head in self.strongest[:_N_LISTED]
-        ]
-
-    def _rates(self, answers: GroupAnswers) -> dict[str, Measured]:
-        rates = (answers.asr, answers.coherent_asr, answers.nonsense)
-        return dict(zip(_RATES, map(Measured.of, rates), strict=True))
+        """The heads of the highest coherent ASR."""
+        rows = {row["head"]: row for row in self.heads}
+        return [{**rows[str(head)], **self.on_benign[(head,)]} for head in self.strongest[:_N_LISTED]]
 
     @cached_property
-    def qualities(self) -> dict[str, Any]:
-        """How well each score stands for the ASR; the split half is the ASR of half of the prompts as a score."""
-        complied = np.array([answers.complied() for answers in self.alone.values()]).T
-        differs = np.array([self._differs(head) for head in self.alone])
-        values = {name: np.array([table[head] for head in self.alone]) for name, table in self.scores.items()}
-        before = np.array(self.vanilla.complied())
-        halves = split_half(complied, differs)
-        qualities = proxy_qualities(values, complied, differs, before)
-        return {quality.score: quality for quality in (*qualities, *([halves] if halves else []))}
-
-    def scores_table(self) -> list[Row]:
+    def qualities(self) -> list[dict[str, Any]]:
         """Each score against the ASR, beside what the ASR's own reliability allows."""
-        n = len(self.vanilla.records)
-        return [
-            {
-                "score": SCORE_LABELS.get(name, "split half"),
-                "spearman": Measured(quality.spearman, n, *(quality.spearman_interval or ())),
-                "bound": quality.bound,
-                "auc": Measured(quality.auc, quality.n_heads, *(quality.auc_interval or ())),
-                "differing": quality.n_differing,
-            }
-            | {
-                f"regret_{size.k}": Measured(size.regret_on_halves, n, *(size.halves_interval or ()))
-                for size in quality.sizes
-            }
-            for name, quality in self.qualities.items()
-        ]
+        return score_rows(self.heads, {name: SCORE_LABELS[name] for name in self.scores}, self.vanilla.complied())
 
     def groups_table(self) -> list[Row]:
         """The unablated model, groups by each score, random ones, and the best pair."""
-        rows: list[Row] = [{"way": "unablated", "size": 0, "heads": "", **self._rates(self.vanilla)}]
+        rows: list[Row] = [{"way": "unablated", "size": 0, "heads": "", **rates_of(self.vanilla)}]
         for way, groups in self.listed.items():
             for size, group in enumerate(groups, 1):
                 row = {"way": SCORE_LABELS[way], "size": size, "heads": format_heads(self.found[way][:size])}
-                rows.append({**row, **self._rates(self.together[group]), **self.on_benign[group]})
+                rows.append({**row, **rates_of(self.together[group]), **self.on_benign[group]})
         controls: dict[str, Sequence[Group]] = {"every head": [(head,) for head in self.alone], "random": self.random}
         for way, control in controls.items():
-            rates = [self._rates(self.together[group]) for group in control]
-            means = {key: _spread([rate[key] for rate in rates]) for key in rates[0]} if rates else {}
+            rates = [rates_of(self.together[group]) for group in control]
+            means = {key: Measured.spread(rate[key].rate or 0.0 for rate in rates) for key in rates[0]} if rates else {}
             rows.append({"way": way, "size": len(control[0]) if control else 0, "heads": "", **means})
         pair, asr, coherent = self.best_pair
         (answers,) = self.run.answers(self.test).under("best-pair", [pair], self.ablation)
-        row = {"way": "best pair, with hindsight", "size": 2, "heads": format_heads(pair), **self._rates(answers)}
-        chosen = {"asr": Measured.of(asr), "coherent": Measured.of(coherent)}
-        rows += [row | self._damage([pair])[pair]]
-        return [*rows, {"way": "best pair, chosen on other prompts", "size": 2, "heads": "", **chosen}]
-
-    def size_points(self) -> list[Row]:
-        """What becomes of the answers as heads are added in the order of Sahara by mean Ships."""
-        sizes = [self.vanilla, *(self.together[group] for group in self.listed[LEAD])]
-        return [
-            point(rate, x=size, series=_RATES[name], panel=SCORE_LABELS[LEAD])
-            for size, answers in enumerate(sizes)
-            for name, rate in self._rates(answers).items()
-        ] + [
-            point(self.on_benign[group]["lost"], x=size, series="benign answers lost") | {"panel": SCORE_LABELS[LEAD]}
-            for size, group in enumerate(self.listed[LEAD], 1)
-        ]
+        row = {"way": "best pair, with hindsight", "size": 2, "heads": format_heads(pair), **rates_of(answers)}
+        chosen = {"way": "best pair, chosen on other prompts", "size": 2, "heads": "", "asr": asr, "coherent": coherent}
+        return [*rows, row | self._damage([pair])[pair], chosen]
 
     def claims_table(self, texts: Mapping[str, str]) -> list[Row]:
         """The paper's claims (``texts``) beside what was measured here."""
-        n, sizes = len(self.vanilla.records), [self.together[group] for group in self.listed[LEAD]]
+        sizes = [self.together[group] for group in self.listed[LEAD]]
         lost = [self.on_benign[group]["lost"] for group in self.listed[LEAD]]
         first, three = sizes[0], sizes[:_THREE][-1]
         paper = PAPER_NUMBERS["llama-2-7b-chat"]["changes"]["dataset"]["UA"]["jailbreakbench"]
-        raised = sum(map(self._differs, self.alone)) / len(self.alone)
+        raised = sum(row["differs"] for row in self.heads) / len(self.alone)
         random = [self.together[group].asr.rate or 0.0 for group in self.random]
         p = random_p_value(three.asr.rate or 0.0, random)
 
@@ -326,19 +254,16 @@ class _Study:
             return Measured.of(paired_difference(of(before), of(after), before.clusters))
 
         coherent = GroupAnswers.coherent
-        best = {name: quality.sizes[0] for name, quality in self.qualities.items()}
-        regrets = {
-            # Where no head raises the ASR there is none to find.
-            name: Measured(size.regret_on_halves, n, *((size.halves_interval if raised else None) or ()))
-            for name, size in best.items()
-        }
+        regrets = {row["score"]: row["regret_1"] for row in self.qualities}
+        if not raised:  # there is none to find
+            regrets = {name: replace(regret, low=None, high=None) for name, regret in regrets.items()}
         measured: dict[str, tuple[str, Measured, float | None, float | None]] = {
             "one_head": (f"{paper[0]:+.2f}", Measured.of(first.change_from(self.vanilla)), paper[0] / 2, None),
             "one_head_coherent": ("", change(self.vanilla, first, coherent), paper[0] / 2, None),
             # These are all heads, and no sample; none at all is not few.
             "few_heads": ("few of 1024", Measured(raised, len(self.alone), raised or None, raised), None, 0.05),
-            "ships": ("", regrets[LEAD], None, 0.1),
-            "generalized_ships": ("", regrets[ANGLES[0].label], None, 0.1),
+            "ships": ("", regrets[SCORE_LABELS[LEAD]], None, 0.1),
+            "generalized_ships": ("", regrets[SCORE_LABELS[ANGLES[0].label]], None, 0.1),
             "three": (f"{paper[2] - paper[0]:+.2f}", change(first, three, coherent), 0.0, None),
             "sense": ("", Measured.of(three.nonsense), None, 0.25),
             "nonsense": ("", change(three, sizes[-1], GroupAnswers.nonsensical), 0.0, None),
@@ -360,9 +285,3 @@ def _verdict(number: Measured, above: float | None, below: float | None) -> str:
     limit = above if below is None else -below
     assert limit is not None  # one of the two is given
     return "agrees" if ends[0] > limit else "does not" if ends[1] < limit else "cannot say here"
-
-
-def _spread(numbers: Sequence[Measured]) -> Measured:
-    """Mean, lowest and highest of as many groups."""
-    rates = [number.value or 0.0 for number in numbers]
-    return Measured(sum(rates) / len(rates), len(rates), min(rates), max(rates))

@@ -1,6 +1,7 @@
-"""Serves a model under its groups of heads by the OpenAI chat protocol, for red-teaming tools; the extra ``serve``.
+"""Answers conversations with heads ablated, and serves them by the OpenAI chat protocol; the extra ``serve``.
 
-Not transformers' own server, which loads and runs whatever model a request names, unablated.
+Not transformers' own server, which loads and runs whatever model a request names, unablated; nor its ``generate``:
+answers are those that a run decodes, and drawn ones are the same in any batch.
 """
 
 from __future__ import annotations
@@ -11,21 +12,29 @@ import os
 import socket
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from safetyheads.ablation import Ablation
+from safetyheads.answers.decoding import GREEDY, Decoding, Request, Sampling, answer
+from safetyheads.display import Shown
 from safetyheads.errors import InputError, first_line
 from safetyheads.heads import Group, format_heads
+from safetyheads.prompts.asked import AnswerReader, ReadAnswer
+from safetyheads.prompts.files import last_turn
+from safetyheads.prompts.prompt_set import Prompt, PromptSet
+from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
-    from starlette.requests import Request
+    from starlette.requests import Request as WebRequest
     from starlette.responses import Response
 
-    from safetyheads.integrations.chats import AblatedChats, Chat
     from safetyheads.model.engine import Engine
     from safetyheads.runs.config import ServeConfig
 
@@ -57,6 +66,108 @@ class ChatRequest(msgspec.Struct):
     n: int | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
+
+
+# Answers, for servers and evaluation tools.
+
+
+@dataclass(eq=False, repr=False)
+class Chat(Shown):
+    """A conversation, and its answer once that is decoded."""
+
+    request: Request
+    """The conversation under the template, and the heads that are ablated."""
+    decoding: Decoding
+    reader: AnswerReader
+    read: ReadAnswer | None = None
+    """The answer; None until it is decoded."""
+    finished: bool = False
+    """Whether the model or a stop text ended it, not the limit."""
+    n_tokens: int = 0
+    """Its tokens, those of a think block among them."""
+
+    def _facts(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in ("decoding", "finished", "n_tokens")}
+
+    @property
+    def text(self) -> str:
+        """The answer, without think block and stop text; empty until it is decoded."""
+        return "" if self.read is None else self.read.text
+
+
+class AblatedChats:
+    """Answers conversations; those that wait meanwhile are answered in one batch."""
+
+    def __init__(self, engine: Engine, ablation: Ablation, template: Template | None = None) -> None:
+        """Answer with the engine's model; without a template, under its default. It needs anyio."""
+        import anyio
+
+        self.engine, self.ablation, self.template = engine, ablation, template
+        self._lock, self._waiting = anyio.Lock(), list[Chat]()
+        self._times_asked: Counter[object] = Counter()
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        group: Group = (),
+        *,
+        max_new_tokens: int = 512,
+        temperature: float | None = 0,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stops: Sequence[str] = (),
+    ) -> Chat:
+        """A conversation to be answered, the last message the user's.
+
+        Temperature 0 and top-k 1 are greedy; no temperature is 1, and no top-k draws from all tokens. Without a seed,
+        the answer to a conversation that comes for the n-th time is drawn with seed n - 1.
+
+        Raises:
+            InputError: the template cannot write the conversation, the model's context is too short, or bad settings.
+        """
+        query, earlier = last_turn(messages, "messages")
+        asked = self.engine.ask(PromptSet((Prompt(query, earlier=earlier),), self.template))
+        if not all(stops):
+            raise InputError("a stop text cannot be empty")
+        if seed is None:
+            key = (asked.token_ids, group)
+            seed, self._times_asked[key] = self._times_asked[key], self._times_asked[key] + 1
+        sampling = Sampling(top_k or 1 << 30, seed, 1.0 if temperature is None else temperature or 1.0)
+        greedy = temperature == 0 or top_k == 1
+        decoding = Decoding(max_new_tokens, GREEDY if greedy else sampling)
+        reader = asked.reader._replace(stops=(*asked.reader.stops, *stops))
+        return Chat(Request(asked.token_ids[0], group, stop=reader.ends), decoding, reader)
+
+    async def answers(
+        self, messages: Sequence[Any], group: Group, n: int, seed: int | None, **settings: Any
+    ) -> list[Chat]:
+        """Several answers to a conversation, with a seed each drawn with the next one; settings as for :meth:`chat`."""
+        seeds = [None if seed is None else seed + number for number in range(n)]
+        waiting = [self.chat(messages, group, seed=of_chat, **settings) for of_chat in seeds]
+        return [await self.answer(chat) for chat in waiting]
+
+    async def answer(self, chat: Chat) -> Chat:
+        """Decode the conversation's answer, with those of all others that wait and are decoded alike."""
+        import anyio.to_thread
+
+        self._waiting.append(chat)
+        try:
+            async with self._lock:
+                if chat.read is None:
+                    alike = [other for other in self._waiting if other.decoding == chat.decoding]
+                    await anyio.to_thread.run_sync(self._decode, [other for other in alike if other.read is None])
+        finally:
+            self._waiting.remove(chat)
+        return chat
+
+    def _decode(self, chats: Sequence[Chat]) -> None:
+        decoded = answer(self.engine, [chat.request for chat in chats], chats[0].decoding, self.ablation)
+        for chat, found in zip(chats, decoded, strict=True):
+            chat.read = chat.reader.read(found.token_ids)
+            chat.finished, chat.n_tokens = found.finished or chat.read.stopped, len(found.token_ids)
+
+
+# A server.
 
 
 def require_serve() -> None:
@@ -102,17 +213,17 @@ def chat_app(chats: AblatedChats, config: ServeConfig, key: str | None = None) -
 
     models: dict[str, Group] = {UNABLATED: (), **{format_heads(group): group for group in config.parsed_groups}}
 
-    def refuse_strangers(request: Request) -> None:
+    def refuse_strangers(request: WebRequest) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
             raise HTTPException(401, "wrong key")
 
-    async def list_models(request: Request) -> Response:
+    async def list_models(request: WebRequest) -> Response:
         refuse_strangers(request)
         listed = [{"id": name, "object": "model", "created": 0, "owned_by": "safetyheads"} for name in models]
         return JSONResponse({"object": "list", "data": listed})
 
-    async def complete(request: Request) -> Response:
+    async def complete(request: WebRequest) -> Response:
         refuse_strangers(request)
         # A page of another site can send all but this without asking first.
         if not request.headers.get("content-type", "").startswith("application/json"):
@@ -120,24 +231,21 @@ def chat_app(chats: AblatedChats, config: ServeConfig, key: str | None = None) -
         asked = read_request(await request.body())
         if asked.model not in models:
             raise HTTPException(404, f"no model {asked.model!r}; there are {', '.join(models)}")
-        waiting = [
-            chats.chat(
-                [plain_text(message) for message in asked.messages],
-                models[asked.model],
-                max_new_tokens=asked.max_completion_tokens or asked.max_tokens or config.max_new_tokens,
-                temperature=asked.temperature,
-                top_k=asked.top_k,
-                seed=None if asked.seed is None else asked.seed + number,
-                stops=[asked.stop] if isinstance(asked.stop, str) else asked.stop or (),
-            )
-            for number in range(asked.n or 1)
-        ]
-        answered = [await chats.answer(chat) for chat in waiting]
+        answered = await chats.answers(
+            [plain_text(message) for message in asked.messages],
+            models[asked.model],
+            asked.n or 1,
+            asked.seed,
+            max_new_tokens=asked.max_completion_tokens or asked.max_tokens or config.max_new_tokens,
+            temperature=asked.temperature,
+            top_k=asked.top_k,
+            stops=[asked.stop] if isinstance(asked.stop, str) else asked.stop or (),
+        )
         if asked.stream:
             return Response(_events(answered[0], asked.model), media_type="text/event-stream")
         return JSONResponse(_completion(answered, asked.model))
 
-    async def refused(_: Request, error: Exception) -> Response:
+    async def refused(_: WebRequest, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 400
         message = error.detail if isinstance(error, HTTPException) else first_line(error)
         return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status)
@@ -199,8 +307,6 @@ def serve_chats(
 ) -> None:
     """Answer until the process is interrupted; ``tell`` is given the address and the models' names at first."""
     import uvicorn
-
-    from safetyheads.integrations.chats import AblatedChats
 
     key = os.environ.get(KEY_VARIABLE)
     app = chat_app(AblatedChats(engine, config.parsed_ablation, config.parsed_template), config, key)

@@ -69,7 +69,7 @@ class AblatedModel(ModelAPI):  # type: ignore[misc]
         **arguments: Any,
     ) -> None:
         """Load the model and prove it."""
-        from safetyheads.integrations.chats import AblatedChats
+        from safetyheads.integrations.chat_server import AblatedChats
         from safetyheads.runs.run import refuse_groups
         from safetyheads.runs.start import load_engine
 
@@ -91,28 +91,24 @@ class AblatedModel(ModelAPI):  # type: ignore[misc]
             raise InputError(f"{unmet[0]} is not followed by safetyheads")
         if tools:
             raise InputError("models of safetyheads use no tools")
-        waiting = [
-            self.chats.chat(
-                [{"role": message.role, "content": message.text} for message in input],
-                self.group,
-                max_new_tokens=config.max_tokens or self.max_tokens(),
-                temperature=config.temperature,
-                top_k=config.top_k,
-                seed=None if config.seed is None else config.seed + number,
-                stops=config.stop_seqs or (),
-            )
-            for number in range(config.num_choices or 1)
-        ]
-        for chat in waiting:
-            await self.chats.answer(chat)
+        answered = await self.chats.answers(
+            [{"role": message.role, "content": message.text} for message in input],
+            self.group,
+            config.num_choices or 1,
+            config.seed,
+            max_new_tokens=config.max_tokens or self.max_tokens(),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            stops=config.stop_seqs or (),
+        )
         choices = [
             ChatCompletionChoice(
                 message=ChatMessageAssistant(content=chat.text, model=self.model_name, source="generate"),
                 stop_reason="stop" if chat.finished else "max_tokens",
             )
-            for chat in waiting
+            for chat in answered
         ]
-        read, written = len(waiting[0].request.token_ids), sum(chat.n_tokens for chat in waiting)
+        read, written = len(answered[0].request.token_ids), sum(chat.n_tokens for chat in answered)
         return ModelOutput(
             model=self.model_name,
             choices=choices,
@@ -121,7 +117,7 @@ class AblatedModel(ModelAPI):  # type: ignore[misc]
                 "heads": format_heads(self.group),
                 "ablation": self.settings.ablation,
                 "epsilon": self.settings.epsilon,
-                "unclosed": waiting[0].read is not None and waiting[0].read.unclosed,
+                "unclosed": answered[0].read is not None and answered[0].read.unclosed,
             },
         )
 

@@ -10,11 +10,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import scipy  # its modules load on first use
 
@@ -48,6 +49,13 @@ CAVEATS = (
     "Intervals cover the draw of samples only. Other templates, examples and precisions are not in them.",
 )
 """What no evaluation shows."""
+# By a count or mark of a task's first record.
+_NOTES = {
+    "truncated": "{n} requests of task {task} do not fit the model's context; their beginnings were cut",
+    "unclosed": "{n} answers of task {task} ({label}) end in an open think block: they count as empty",
+    "folded": "the chat template takes no system prompt; "
+    "that of task {task} stands at the beginning of the user's turn",
+}
 # A mean is summed in another order elsewhere, which moves its last bits.
 _ROUNDING = 1e-9
 _BINARY = frozenset((0.0, 1.0))
@@ -103,19 +111,17 @@ def metric_change(before: Record, after: Record, old: Values, new: Values) -> di
     return found | {"p_value": p_value, "test": T_TEST}
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
+class Variant(NamedTuple):
     """One change of the model."""
 
     label: str
     at_work: Callable[[], AbstractContextManager[Any]]
     """A context in which the engine's model is the changed one; it restores the model, and its value is unused."""
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = MappingProxyType({})
     """All that it depends on, as JSON: equal fields are the same variant when a run is continued."""
 
 
-@dataclass(frozen=True, slots=True)
-class Utility:
+class Utility(NamedTuple):
     """Metrics of several models on the same tasks."""
 
     metrics: Sequence[Record]
@@ -196,21 +202,11 @@ def evaluate_tasks(
     adjusted = holm_of_tests(difference["p_value"] for difference in differences)
     for difference, p in zip(differences, adjusted, strict=True):
         difference["p_holm"] = p
-    vanilla = {task: stored[0] for (task, label), stored in records.items() if label == VANILLA}
     notes = [
-        f"{whole['truncated']} requests of task {task} do not fit the model's context; their beginnings were cut"
-        for task, whole in vanilla.items()
-        if whole["truncated"]
-    ]
-    notes += [
-        f"{stored[0]['unclosed']} answers of task {task} ({label}) end in an open think block: they count as empty"
+        words.format(n=stored[0][key], task=task, label=label)
+        for key, words in _NOTES.items()
         for (task, label), stored in records.items()
-        if stored[0].get("unclosed")
-    ]
-    notes += [
-        f"the chat template takes no system prompt; that of task {task} stands at the beginning of the user's turn"
-        for task, whole in vanilla.items()
-        if whole.get("folded")
+        if stored[0].get(key) and (label == VANILLA or key == "unclosed")
     ]
     return Utility(metrics, records, tuple(notes))
 

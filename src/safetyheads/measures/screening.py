@@ -76,8 +76,7 @@ Followed: TypeAlias = tuple[Tensor, Tensor]
 and samples [n_states, n_samples] of all but the first point's tokens."""
 
 
-@dataclass(frozen=True, slots=True)
-class Screening:
+class Screening(NamedTuple):
     """Forecast effect of ablating each head alone, beside the common heads. Estimates, never scores."""
 
     ships: Tensor
@@ -413,8 +412,7 @@ class Extent(Shown):
         return self.n_heads(of) + (steps - 1) * later
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
+class Proposal(NamedTuple):
     """The heads that are scored exactly."""
 
     candidates: Group
@@ -492,7 +490,7 @@ def screened_sahara(
     def narrow(group: Group) -> Group:
         if proposals and extent.once:
             left = tuple(head for head in proposals[0].candidates if head not in group)
-            proposals.append(replace(proposals[0], candidates=left, sampled=()))
+            proposals.append(proposals[0]._replace(candidates=left, sampled=()))
         else:
             proposals.append(propose(screens(group), forecast, extent))
         return proposals[-1].heads

@@ -48,8 +48,7 @@ from safetyheads.runs.verdict import warn_where_nothing_shows
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import independent_count, skewed_mean
 from safetyheads.stats.power import POWER, smallest_change_with_power
-from safetyheads.stats.ranking import proxy_qualities, split_half
-from safetyheads.stats.shrinkage import shrunken_rates
+from safetyheads.stats.ranking import proxy_qualities, shrunken_rates, split_half
 from safetyheads.stats.testing import ALPHA, holm, log_odds_synergy
 
 BENIGN_LOSS = 0.05

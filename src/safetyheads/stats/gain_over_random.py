@@ -13,13 +13,21 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import scipy  # its modules load on first use
 from numpy.typing import NDArray
 
 from safetyheads.errors import InputError
-from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, bootstrap_interval
+from safetyheads.stats.intervals import (
+    CONFIDENCE,
+    FloatArray,
+    Interval,
+    bootstrap_interval,
+    clopper_pearson,
+    square_and_add,
+)
 
 RANDOM, VANILLA = "random groups", "the unablated model"
 """What the curve of the chosen groups is compared with; the latter where no size has random groups."""
@@ -43,8 +51,7 @@ class Concentration:
     """``RANDOM`` or ``VANILLA``."""
 
 
-@dataclass(frozen=True, slots=True)
-class SizeOutcome:
+class SizeOutcome(NamedTuple):
     """Which prompts comply under the group of one size, and under its random groups."""
 
     size: int
@@ -136,16 +143,10 @@ def _crossed_interval(
     parts = of_prompts**2 / (n_clusters - 1) + of_groups**2 / max(1, least_groups - 1)
     freedom = whole**2 / parts if parts > 0 else n_clusters - 1
     area, control = float(found.mean()), float(random.mean())
-    low, high = _share_interval(area, of_found, n_clusters - 1, n_clusters)
-    low_random, high_random = _share_interval(control, whole, freedom, n_clusters)
+    bounds = _share_interval(area, of_found, n_clusters - 1, n_clusters)
+    random_bounds = _share_interval(control, whole, freedom, n_clusters)
     scale = math.sqrt(of_found * whole)
-    correlation = covariance / scale if scale > 0 else 0.0
-
-    def combined(first: float, second: float) -> float:
-        return math.sqrt(max(first**2 - 2 * correlation * first * second + second**2, 0.0))
-
-    down, up = combined(area - low, high_random - control), combined(high - area, control - low_random)
-    return max(-1.0, area - control - down), min(1.0, area - control + up)
+    return square_and_add(area, bounds, control, random_bounds, covariance / scale if scale > 0 else 0.0)
 
 
 def _by_cluster(values: FloatArray, place: NDArray[np.intp]) -> FloatArray:
@@ -195,9 +196,4 @@ def _share_interval(share: float, variance: float, freedom: float, n: int) -> In
     if variance > 1e-15 and 0 < share < 1:
         student = float(scipy.special.ndtri(1 - tail) / scipy.special.stdtrit(max(1.0, freedom), 1 - tail))
         effective = max(2.0, share * (1 - share) / variance * student**2)
-    count = share * effective
-    low = float(scipy.special.betaincinv(count, effective - count + 1, tail)) if count > 1e-9 else 0.0
-    high = 1.0
-    if effective - count > 1e-9:
-        high = float(scipy.special.betaincinv(count + 1, effective - count, 1 - tail))
-    return low, high
+    return clopper_pearson(share * effective, effective, CONFIDENCE)

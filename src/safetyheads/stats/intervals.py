@@ -92,7 +92,7 @@ def clustered_rate(
     Raises:
         InputError: no answer has a verdict.
     """
-    return _clopper_pearson(*effective_count(outcomes, clusters, confidence), confidence)
+    return clopper_pearson(*effective_count(outcomes, clusters, confidence), confidence)
 
 
 def effective_count(
@@ -174,7 +174,7 @@ def independent_count(values: FloatArray, clusters: Sequence[int] | None = None)
     return effective_count(values, clusters)
 
 
-def _clopper_pearson(count: float, n: float, confidence: float) -> Interval:
+def clopper_pearson(count: float, n: float, confidence: float) -> Interval:
     """The exact interval of a proportion; count and n need not be whole."""
     tail = (1 - confidence) / 2
     low = 0.0 if count < 1e-9 else float(scipy.special.betaincinv(count, n - count + 1, tail))
@@ -209,7 +209,7 @@ def newcombe_paired_interval(
     # A margin of 0 (an outcome that never or always came) leaves phi undefined; the paper takes 0.
     phi = numerator / math.sqrt(margins) if margins else 0.0
     first_bounds, second_bounds = (wilson_interval(both + alone, n, confidence) for alone in (first, second))
-    return _square_and_add((both + first) / n, first_bounds, (both + second) / n, second_bounds, phi)
+    return square_and_add((both + first) / n, first_bounds, (both + second) / n, second_bounds, phi)
 
 
 def clustered_paired_interval(
@@ -231,10 +231,10 @@ def clustered_paired_interval(
     phi = covariance / deviation if deviation > 0 else 0.0
     new_bounds, old_bounds = (clustered_rate(side, clusters, confidence) for side in (after, before))
     # The change is of the prompts' own rates, which differ from the answers' where some are unscored.
-    return _square_and_add(float(new.mean()), new_bounds, float(old.mean()), old_bounds, phi)
+    return square_and_add(float(new.mean()), new_bounds, float(old.mean()), old_bounds, phi)
 
 
-def _square_and_add(rate_1: float, bounds_1: Interval, rate_2: float, bounds_2: Interval, phi: float) -> Interval:
+def square_and_add(rate_1: float, bounds_1: Interval, rate_2: float, bounds_2: Interval, phi: float) -> Interval:
     """Newcombe's interval of ``rate_1 - rate_2``, from each one's own and the correlation of their estimates."""
 
     def combined(distance_1: float, distance_2: float) -> float:

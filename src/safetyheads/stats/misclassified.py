@@ -94,8 +94,9 @@ def rogan_gladen(judged: FloatArray, accuracy: Accuracy, clusters: Sequence[int]
         of_se, of_sp = se * (1 - se) / n_se, sp * (1 - sp) / n_sp
         shift = 2 * z * z * (centre * of_se - (1 - centre) * of_sp)
         half = z * math.sqrt(p * (1 - p) / n + centre**2 * of_se + (1 - centre) ** 2 * of_sp) / gain
-        interval = _cut(centre + shift - half), _cut(centre + shift + half)
-    point = _cut((count / size + specificity - 1) / (sensitivity + specificity - 1))
+        low, high = np.clip([centre + shift - half, centre + shift + half], 0.0, 1.0).tolist()
+        interval = low, high
+    point = float(np.clip((count / size + specificity - 1) / (sensitivity + specificity - 1), 0.0, 1.0))
     return Corrected(point, (min(interval[0], point), max(interval[1], point)), accuracy.n, "Rogan-Gladen")
 
 
@@ -130,7 +131,3 @@ def prediction_powered(
         total += weights * draws.beta(count + 0.5, n - count + 0.5, N_DRAWS)
     low, high = np.quantile(total, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
     return Corrected(point, (min(low, point), max(high, point)), n_labelled, "prediction-powered")
-
-
-def _cut(value: float) -> float:
-    return min(max(value, 0.0), 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from functools import lru_cache
 
 import numpy as np
@@ -78,12 +79,9 @@ def prompts_needed(
         low, high = high, 2 * high
         if high > _LARGEST_N:
             return None
-    # The power rises with n but for steps of a discrete test, so the last few are walked.
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if _power(middle, change, p0, alpha / tests, n_seeds) < power else (low, middle)
-    while high > 1 and _power(high - 1, change, p0, alpha / tests, n_seeds) >= power:
-        high -= 1
     return high
 
 
@@ -104,13 +102,12 @@ def needed_for_bound(losses: int, bound: float) -> int:
     """The fewest prompts at which the one-sided 95 % upper bound (Wilson) of so many losses lies below ``bound``."""
     if losses < 0 or not 0 < bound < 1:
         raise InputError(f"no number of prompts bounds {losses} losses below {bound}")
-    low, high = max(losses, 1) - 1, max(losses, 1)
-    while one_sided_bounds(losses, high)[1] >= bound:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if one_sided_bounds(losses, middle)[1] >= bound else (low, middle)
-    return high
+    enough = max(losses, 1)
+    while one_sided_bounds(losses, enough)[1] >= bound:
+        enough *= 2
+    return bisect_left(
+        range(enough), True, key=lambda n: n >= max(losses, 1) and one_sided_bounds(losses, n)[1] < bound
+    )
 
 
 def _refuse(n: int, p0: float, alpha: float, tests: int, power: float) -> None:

@@ -1,4 +1,4 @@
-"""Compares rankings of heads: a score with the exhaustive ASR, and one run's scores with another's.
+"""Ranks heads: compares a score with the exhaustive ASR and one run's scores with another's, and shrinks rates.
 
 Most heads change nothing, and tie. Precision and AUC therefore ask only whether a score puts the heads that change the
 ASR, after correction, before those that do not; regret asks how much ASR its choice gives away. The best k heads by the
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy  # its modules load on first use
 from numpy.typing import NDArray
 
+from safetyheads.errors import InputError
 from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, bootstrap_interval
+from safetyheads.stats.stability import resampled
 
 SIZES = (1, 3, 5, 10)
 """How many of the best heads precision and regret look at."""
@@ -42,8 +44,6 @@ class AtSize:
     there are, so nothing was sampled and there is no interval."""
     regret: float
     """Mean single-head ASR of the k best heads by the ASR itself minus that of these: what the score gives away."""
-    regret_interval: Interval
-    """95 %, the estimate and 1.96 standard errors of a bootstrap over prompts, with the score fixed."""
     regret_on_halves: float | None
     """Mean regret on random halves of the prompts: the one to compare between a score and the other half's ASR. None
     below four prompts."""
@@ -93,7 +93,7 @@ def proxy_qualities(
     """
     asr, halves = complied.mean(axis=0), _halves(complied)
     # [n_resamples, n_heads] each: the same resamples for all scores.
-    weights = _resamples(len(complied))
+    weights = resampled(len(complied), _N_RESAMPLES)
     without = (complied.sum(axis=0) - complied) / max(len(complied) - 1, 1)
     resampled_differs = None if before is None else _raised(weights, complied - before[:, None])
     qualities = []
@@ -103,9 +103,8 @@ def proxy_qualities(
         for k in (size for size in SIZES if size <= len(differs)):
             chosen = _best(values, k)
             regret = float(_given_away(asr[None], chosen)[0])
-            interval = _regret_interval(regret, _given_away(weights @ complied, chosen), len(complied))
             hits = float(differs[chosen].sum()) if differs.any() else None
-            sizes.append(AtSize(k, hits, regret, interval, *_lost_on_halves(complied, halves, k, values)))
+            sizes.append(AtSize(k, hits, regret, *_lost_on_halves(complied, halves, k, values)))
         auc, p_value = _auc(values, differs)
         spearman, _ = _correlation(scipy.stats.spearmanr, values, asr)
         qualities.append(
@@ -145,7 +144,7 @@ def split_half(complied: FloatArray, differs: NDArray[np.bool_]) -> ProxyQuality
         assert regret is not None  # there are halves
         assert interval is not None
         hits = float(np.mean([differs[heads].sum() for heads in chosen])) if differs.any() else None
-        sizes.append(AtSize(k, hits, regret, interval, regret, interval))
+        sizes.append(AtSize(k, hits, regret, regret, interval))
     spearman = _mean(next(iter(_spearmans(first, second[None])), None) for first, second in both)
     auc = _mean(_auc(first, differs)[0] for first, _ in both)
     reliability = spearman_brown(spearman)
@@ -191,7 +190,7 @@ def _lost_on_halves(
     if not halves:
         return None, None
     everyone = np.ones((1, len(complied)))
-    weights, regrets, resampled = np.vstack([everyone, _resamples(len(complied))[:_N_ON_HALVES]]), [], []
+    weights, regrets, redrawn = np.vstack([everyone, resampled(len(complied), _N_ON_HALVES)]), [], []
     for at, (first, second) in enumerate(halves):
         # Copies of a prompt in a resample stay in one half.
         drawn = weights if at < _N_RESAMPLED_SPLITS else everyone
@@ -199,9 +198,9 @@ def _lost_on_halves(
         order = score[None] if score is not None else drawn[:, first] @ complied[first]
         lost = _given_away(asr, np.argsort(-order, axis=1, kind="stable")[:, :k])
         regrets.append(lost[0])
-        resampled += [lost[1:]] if at < _N_RESAMPLED_SPLITS else []
+        redrawn += [lost[1:]] if at < _N_RESAMPLED_SPLITS else []
     mean = float(np.mean(regrets))
-    return mean, _regret_interval(mean, np.mean(resampled, axis=0), len(complied))
+    return mean, _regret_interval(mean, np.mean(redrawn, axis=0), len(complied))
 
 
 def _given_away(asr: FloatArray, chosen: NDArray[np.int64]) -> FloatArray:
@@ -214,21 +213,15 @@ def _given_away(asr: FloatArray, chosen: NDArray[np.int64]) -> FloatArray:
     return lost
 
 
-def _regret_interval(regret: float, resampled: FloatArray, n: int) -> Interval:
+def _regret_interval(regret: float, redrawn: FloatArray, n: int) -> Interval:
     """The estimate and 1.96 standard errors of its resamples, cut at 0 and 1.
 
     Their percentiles will not do: the best heads of a resample are best by hindsight twice over. Where nothing is given
     away, the interval is that of the largest share of other prompts that n can have missed.
     """
-    varies = regret > 1e-12 and np.ptp(resampled) > 1e-12
-    interval = _about(regret, resampled.tolist(), len(resampled)) if varies else None
+    varies = regret > 1e-12 and np.ptp(redrawn) > 1e-12
+    interval = _about(regret, redrawn.tolist(), len(redrawn)) if varies else None
     return interval or bootstrap_interval(np.full(n, regret))
-
-
-def _resamples(n: int) -> FloatArray:
-    """Weights of the prompts in each resample [n_resamples, n_prompts]; each row sums to 1."""
-    draws: FloatArray = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_N_RESAMPLES) / n
-    return draws
 
 
 def _raised(weights: FloatArray, moved: FloatArray) -> NDArray[np.bool_]:
@@ -264,15 +257,15 @@ def _aucs(values: FloatArray, differs: NDArray[np.bool_]) -> list[float]:
     return found
 
 
-def _about(estimate: float | None, resampled: Sequence[float], n: int = _N_RESAMPLES) -> Interval | None:
+def _about(estimate: float | None, redrawn: Sequence[float], n: int = _N_RESAMPLES) -> Interval | None:
     """The estimate and 1.96 standard errors of its resamples, cut at 0 and 1.
 
     Their percentiles will not do: a resample repeats prompts, which makes more heads differ by chance. None where a
     statistic exists in less than half of the ``n`` resamples.
     """
-    if estimate is None or len(resampled) < n / 2:
+    if estimate is None or len(redrawn) < n / 2:
         return None
-    half_width = float(scipy.special.ndtri((1 + CONFIDENCE) / 2)) * float(np.std(resampled))
+    half_width = float(scipy.special.ndtri((1 + CONFIDENCE) / 2)) * float(np.std(redrawn))
     return max(0.0, estimate - half_width), min(1.0, estimate + half_width)
 
 
@@ -293,7 +286,7 @@ def _over_prompts(
 
 
 def _jackknifed(
-    estimate: float | None, left_out: Sequence[float], n: int, resampled: Sequence[float] = ()
+    estimate: float | None, left_out: Sequence[float], n: int, redrawn: Sequence[float] = ()
 ) -> Interval | None:
     """95 % interval of a correlation from its n values without one prompt each, cut at -1 and 1.
 
@@ -302,7 +295,7 @@ def _jackknifed(
     """
     if estimate is None or len(left_out) < n or n < 2:
         return None
-    error = max(float(np.sqrt((n - 1) * np.var(left_out))), float(np.std(resampled)) if len(resampled) else 0.0)
+    error = max(float(np.sqrt((n - 1) * np.var(left_out))), float(np.std(redrawn)) if len(redrawn) else 0.0)
     half_width = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
     return max(-1.0, estimate - half_width), min(1.0, estimate + half_width)
 
@@ -335,8 +328,7 @@ def _correlation(
     return float(found.statistic), float(found.pvalue)
 
 
-@dataclass(frozen=True, slots=True)
-class HeadTable:
+class HeadTable(NamedTuple):
     """One number a head."""
 
     label: str
@@ -436,3 +428,65 @@ def moved(what: str, before: Sequence[str], after: Sequence[str]) -> HeadsMoved:
     """Which heads are in the first list alone, in the second alone, and in both, in the order of their list."""
     gone, new = (tuple(head for head in one if head not in other) for one, other in ((before, after), (after, before)))
     return HeadsMoved(what, gone, new, kept=tuple(head for head in before if head in after))
+
+
+# Rates of many heads, drawn towards each other.
+
+
+@dataclass(frozen=True, slots=True)
+class ShrunkenRate:
+    """A rate drawn towards those of all heads, by as much as chance alone scatters it."""
+
+    rate: float
+    """Posterior mean."""
+    interval: Interval
+    """95 %, equal tails of the posterior. It covers on average over heads, not for each head."""
+
+
+_RATES = np.concatenate([[0.001, 0.003], np.linspace(0.005, 0.995, 101), [0.997, 0.999]])
+"""Rates that a head can have in :func:`shrunken_rates`."""
+_PRIOR_HEADS = 5
+"""Heads that an even distribution of rates counts for beside the model's own: few heads say little of the distribution,
+and without it the intervals of 32 heads cover .65."""
+_N_STEPS = 400
+"""Steps of the fit (EM); the rates then move by less than .001."""
+
+
+def shrunken_rates(counts: Sequence[float], sizes: Sequence[float]) -> tuple[ShrunkenRate, ...]:
+    """Empirical Bayes: the rates of all heads come from one distribution of any shape, fitted to them.
+
+    The distribution is the nonparametric maximum likelihood estimate (J. Kiefer and J. Wolfowitz 1956; R. Koenker and
+    I. Mizera, JASA 109, 2014) on a grid of rates. A beta distribution, the usual choice, fits badly here: most heads do
+    nothing, a few free most prompts, and it pulls those few too far. The highest of a thousand raw rates is high by
+    luck; shrunken, the error is smaller on average over heads.
+
+    Args:
+        counts: answers that comply, head by head; effective ones where answers are not independent.
+        sizes: scored answers, head by head; a head with none gets the distribution of all.
+
+    Raises:
+        InputError: the lists differ in length, or a count is not between 0 and its size.
+    """
+    ones, n = np.asarray(counts, float), np.asarray(sizes, float)
+    if ones.shape != n.shape or (ones < 0).any() or (ones > n + 1e-9).any():
+        raise InputError("each count needs a size, and lies between 0 and it")
+    if len(n) == 0:
+        return ()
+    logarithms = np.log(_RATES) * ones[:, None] + np.log1p(-_RATES) * np.maximum(n - ones, 0.0)[:, None]
+    # [n_heads, n_rates], up to a factor a head.
+    likelihood = np.exp(logarithms - logarithms.max(axis=1, keepdims=True))
+    # Heads of one count and size are alike: a thousand heads are some dozens of rows.
+    rows, places, repeats = np.unique(likelihood, axis=0, return_inverse=True, return_counts=True)
+    even = 1 / len(_RATES)
+    weights = np.full(len(_RATES), even)
+    for _ in range(_N_STEPS):
+        posterior = rows * weights
+        posterior /= posterior.sum(axis=1, keepdims=True)
+        weights = (repeats @ posterior + _PRIOR_HEADS * even) / (len(n) + _PRIOR_HEADS)
+    posterior = rows * weights
+    posterior = (posterior / posterior.sum(axis=1, keepdims=True))[places.ravel()]
+    tail, cumulative = (1 - CONFIDENCE) / 2, posterior.cumsum(axis=1)
+    low, high = (_RATES[(cumulative >= level - 1e-12).argmax(axis=1)].tolist() for level in (tail, 1 - tail))
+    bounds = zip(low, high, strict=True)
+    rates: list[float] = (posterior @ _RATES).tolist()
+    return tuple(ShrunkenRate(rate, interval) for rate, interval in zip(rates, bounds, strict=True))

@@ -6,9 +6,10 @@ Scores are of heads as columns 0 to H - 1; which head a column is, the caller kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,8 +69,7 @@ def resampled(
 # Ranks of single heads.
 
 
-@dataclass(frozen=True, slots=True)
-class RankStability:
+class RankStability(NamedTuple):
     """How firm one head's rank by a score is."""
 
     column: int
@@ -198,8 +198,7 @@ def prompts_needed(
 # A search on resamples.
 
 
-@dataclass(frozen=True, slots=True)
-class Repeated:
+class Repeated(NamedTuple):
     """What a greedy search finds on resamples of its prompts."""
 
     same: Rate
@@ -243,14 +242,14 @@ def repeated_search(
     target, n_draws = frozenset(group), len(weights)
     free = {frozenset(group[:step]) for step in range(len(group))} | set(known)
     waiting: dict[Columns, NDArray[np.int64]] = {frozenset(): np.arange(n_draws)}
-    lost: list[tuple[Columns, int]] = []
+    lost: list[tuple[Columns, NDArray[np.int64]]] = []
     further, tied = 0, np.zeros(n_draws, dtype=bool)
     for _ in group:
         following: dict[Columns, list[NDArray[np.int64]]] = {}
         for prefix, draws in sorted(waiting.items(), key=lambda item: (-len(item[1]), sorted(item[0]))):
             if prefix not in free:
                 if further >= n_further or len(draws) * 100 < n_draws:
-                    lost.append((prefix, len(draws)))
+                    lost.append((prefix, draws))
                     continue
                 further += 1
             means = np.nan_to_num(weights[draws] @ scores(prefix), nan=-np.inf)
@@ -263,33 +262,13 @@ def repeated_search(
             for column in np.unique(best):
                 following.setdefault(prefix | {int(column)}, []).append(draws[best == column])
         waiting = {prefix: np.concatenate(parts) for prefix, parts in following.items()}
-    return _repeated(target, n_draws, waiting, lost, further, int(tied.sum()))
-
-
-def _repeated(
-    target: Columns,
-    n_draws: int,
-    ended: Mapping[Columns, NDArray[np.int64]],
-    lost: Sequence[tuple[Columns, int]],
-    further: int,
-    tied: int,
-) -> Repeated:
-    repeats, shared, counts = np.zeros(n_draws, dtype=bool), 0.0, dict[int, int]()
-    for found, draws in ended.items():
+    repeats, shared, counts = np.zeros(n_draws, dtype=bool), 0.0, Counter[int]()
+    for found, draws in (*waiting.items(), *lost):
         repeats[draws] = found == target
-        shared += len(draws) * len(found & target) / len(found | target)
-        counts |= {column: counts.get(column, 0) + len(draws) for column in found}
-    for found, n_lost in lost:
-        # The heads not searched for are taken to be others than the group's.
         common = len(found & target)
-        shared += n_lost * common / (2 * len(target) - common)
-        counts |= {column: counts.get(column, 0) + n_lost for column in found}
-    return Repeated(
-        same=Rate(int(repeats.sum()), n_draws),
-        jaccard=shared / n_draws,
-        frequencies={column: count / n_draws for column, count in sorted(counts.items(), key=lambda item: -item[1])},
-        not_followed=sum(n_lost for _, n_lost in lost),
-        further=further,
-        tied=tied,
-        repeats=repeats,
-    )
+        # The heads that were not searched for are taken to be others than the group's.
+        shared += len(draws) * common / (2 * len(target) - common)
+        counts.update(dict.fromkeys(found, len(draws)))
+    frequencies = {column: count / n_draws for column, count in counts.most_common()}
+    n_lost, same = sum(len(draws) for _, draws in lost), Rate(int(repeats.sum()), n_draws)
+    return Repeated(same, shared / n_draws, frequencies, n_lost, further, int(tied.sum()), repeats)

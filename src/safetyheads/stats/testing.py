@@ -54,6 +54,7 @@ def paired_difference(
     before: Sequence[float] | FloatArray,
     after: Sequence[float] | FloatArray,
     clusters: Sequence[int] | None = None,
+    confidence: float = CONFIDENCE,
 ) -> PairedDifference:
     """Compare two outcomes of the same prompts, in the same order.
 
@@ -62,11 +63,16 @@ def paired_difference(
             without any verdict on one side is left out.
         after: the same prompts; the number of answers may be another.
         clusters: which prompts are near-duplicates of each other [n_prompts]; by default each stands alone.
+        confidence: level of the interval.
 
     Raises:
         InputError: the outcomes are of different numbers of prompts.
     """
-    old, new, together = _scored_pairs(before, after, clusters)
+    if len(before) != len(after):
+        raise InputError(f"paired outcomes differ in length: {len(before)} before, {len(after)} after")
+    old, new = (np.asarray(side, dtype=float).reshape(len(side), -1 if len(side) else 1) for side in (before, after))
+    scored = ~(np.isnan(old).all(axis=1) | np.isnan(new).all(axis=1))
+    old, new, together = old[scored], new[scored], None if clusters is None else np.asarray(clusters, int)[scored]
     n = len(old)
     if n == 0:
         return PairedDifference(None, None, 0, 0, 0, None)
@@ -74,27 +80,15 @@ def paired_difference(
         first, second = old[:, 0].astype(bool), new[:, 0].astype(bool)
         gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
         both = int((first & second).sum())
-        change, interval = (gained - lost) / n, newcombe_paired_interval(both, gained, lost, n - both - gained - lost)
-        return PairedDifference(change, interval, n, gained, lost, exact_mcnemar(gained, lost))
+        interval = newcombe_paired_interval(both, gained, lost, n - both - gained - lost, confidence)
+        return PairedDifference((gained - lost) / n, interval, n, gained, lost, exact_mcnemar(gained, lost))
     moved = _whole_steps(old, new)
     gained, lost = int((moved > 0).sum()), int((moved < 0).sum())
     change = float((np.nanmean(new, axis=1) - np.nanmean(old, axis=1)).mean())
-    interval = clustered_paired_interval(old, new, clusters=None if together is None else together.tolist())
+    interval = clustered_paired_interval(old, new, confidence, None if together is None else together.tolist())
     if together is not None:
         moved = np.array([moved[together == cluster].sum() for cluster in np.unique(together)])
     return PairedDifference(change, interval, n, gained, lost, sign_flip_p(moved.tolist()))
-
-
-def _scored_pairs(
-    before: Sequence[float] | FloatArray,
-    after: Sequence[float] | FloatArray,
-    clusters: Sequence[int] | None = None,
-) -> tuple[FloatArray, FloatArray, NDArray[np.int64] | None]:
-    if len(before) != len(after):
-        raise InputError(f"paired outcomes differ in length: {len(before)} before, {len(after)} after")
-    old, new = (np.asarray(side, dtype=float).reshape(len(side), -1 if len(side) else 1) for side in (before, after))
-    scored = ~(np.isnan(old).all(axis=1) | np.isnan(new).all(axis=1))
-    return old[scored], new[scored], None if clusters is None else np.asarray(clusters, int)[scored]
 
 
 def _whole_steps(old: FloatArray, new: FloatArray) -> NDArray[np.int64]:
@@ -297,81 +291,32 @@ def _beta_logit(a: float, b: float, level: float) -> float:
 
 def _p_of(interval: Callable[[float], Interval]) -> float:
     """One less the highest level whose interval leaves 0 out."""
-    low, high = 0.0, 1.0 - 1e-12
-    if not _leaves_out(interval(1e-9)):
+
+    def beyond(level: float) -> float:
+        """How far the interval lies from 0; negative where it holds 0."""
+        low, high = interval(level)
+        return max(low, -high)
+
+    lowest, highest = 1e-9, 1 - 1e-12
+    if beyond(lowest) <= 0:
         return 1.0
-    if _leaves_out(interval(high)):
-        return 1 - high
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _leaves_out(interval(middle)) else (low, middle)
-    return 1 - high
+    return 1 - (highest if beyond(highest) > 0 else float(scipy.optimize.brentq(beyond, lowest, highest)))
 
 
-def _leaves_out(interval: Interval) -> bool:
-    return interval[0] > 0 or interval[1] < 0
-
-
-@dataclass(frozen=True, slots=True)
-class Margin:
-    """Whether a change is shown to stay within a margin."""
-
-    change: float | None
-    """The mean change; None without a pair."""
-    interval: Interval | None
-    """90 %: each of its bounds is a one-sided bound of 95 %."""
-    n: int
-    """Pairs."""
-    margin: float
-    """The largest change that is allowed, in the unit of the change."""
-    shown: bool
-    """Whether the bound that counts lies within the margin. False also means that n is too small to show it."""
-
-
-def non_inferior(
-    before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray, margin: float, rise: bool = True
-) -> Margin:
-    """Whether a rate is shown to rise by less than the margin; with ``rise`` False: to fall by less.
-
-    A point estimate within the margin shows nothing: the one-sided 95 % bound has to be. Arguments as for
-    :func:`paired_difference`.
-    """
-    change, interval, n = _change_90(before, after)
-    bound = None if interval is None else (interval[1] if rise else -interval[0])
-    return Margin(change, interval, n, margin, bound is not None and bound < margin)
-
-
-def equivalent(before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray, margin: float) -> Margin:
+def equivalent(before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray, margin: float) -> bool:
     """Whether a rate is shown to change by less than the margin either way: two one-sided tests at 5 %.
 
-    An interval that includes 0 shows no equality; a narrow one round 0 does. Arguments as for
-    :func:`paired_difference`.
+    A point estimate within the margin shows nothing, nor does an interval that includes 0; a narrow one round 0 does.
+    Arguments as for :func:`paired_difference`.
     """
-    change, interval, n = _change_90(before, after)
-    return Margin(change, interval, n, margin, interval is not None and -margin < interval[0] <= interval[1] < margin)
+    interval = paired_difference(before, after, confidence=2 * CONFIDENCE - 1).interval
+    return interval is not None and -margin < interval[0] <= interval[1] < margin
 
 
-def equivalent_means(changes: Sequence[float], margin: float) -> Margin:
+def equivalent_means(changes: Sequence[float], margin: float) -> bool:
     """Whether the mean of paired changes is shown to lie within the margin: two one-sided t tests at 5 %."""
-    n = len(changes)
+    n, values = len(changes), np.asarray(changes, float)
     if n < 2:
-        return Margin(float(changes[0]) if n else None, None, n, margin, False)
-    values = np.asarray(changes, float)
+        return False
     half_width = float(scipy.stats.t.ppf(CONFIDENCE, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
-    mean = float(values.mean())
-    return Margin(mean, (mean - half_width, mean + half_width), n, margin, abs(mean) + half_width < margin)
-
-
-def _change_90(
-    before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray
-) -> tuple[float | None, Interval | None, int]:
-    """The change with its 90 % interval, and the pairs."""
-    old, new, _ = _scored_pairs(before, after)
-    found, level = paired_difference(old, new), 2 * CONFIDENCE - 1
-    if found.n == 0:
-        return None, None, 0
-    if old.shape[1] == new.shape[1] == 1:
-        both = int((old[:, 0] * new[:, 0]).sum())
-        counts = both, found.gained, found.lost, found.n - both - found.gained - found.lost
-        return found.change, newcombe_paired_interval(*counts, confidence=level), found.n
-    return found.change, clustered_paired_interval(old, new, level), found.n
+    return abs(float(values.mean())) + half_width < margin

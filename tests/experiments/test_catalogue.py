@@ -15,9 +15,9 @@ def test_the_catalogue_has_every_experiment_of_the_paper_with_its_function_kinds
         *("fig7", "fig8", "fig13", "fig15", "fig17", "fig18", "table1", "table2", "table7", "epsilon", "study"),
     }
     assert chosen(ALL) == tuple(EXPERIMENTS.values())
-    parts = {"kind", "title", "caption", "x", "y", "value", "logarithmic", "share"}
+    parts = {"kind", "title", "caption", "x", "y", "value", "logarithmic", "share", "of", "place"}
     for name, experiment in EXPERIMENTS.items():
-        assert callable(getattr(import_module(f"safetyheads.experiments.{experiment.module}"), name))
+        assert callable(getattr(import_module(f"safetyheads.experiments.{experiment.module}"), experiment.function))
         for figure in experiment.shown["figures"].values():
             assert figure["kind"] in get_args(FigureKind)
             assert {"title", "x", "y"} <= set(figure) <= parts

@@ -1,4 +1,4 @@
-"""Pruning: Wanda and SparseGPT, and what refusals need and benign answers do not, by differences of scores.
+"""Edits of weights: Wanda, SparseGPT, what refusals need and benign answers do not by differences of scores, ActSVD.
 
 Plain pruning takes every linear layer of the decoder layers to one sparsity, layer by layer; later layers are
 calibrated on the outputs of pruned earlier ones, over benign and harmful text with the model's answers. It is not aimed
@@ -7,16 +7,21 @@ at refusals: Fig 6b shows what it costs in utility.
 The differences are Wei et al.'s (2024, "Assessing the brittleness of safety alignment via pruning and low-rank
 modifications", Sec 3.2): in each row of W, the top q by a score (SNIP's or Wanda's) over refusals, less the top p by
 the same score over benign answers. Scores are of the unedited model; tokens of answers count, those of prompts do not.
+
+ActSVD, of the same paper (Sec 3.3), removes the directions that the outputs of linear layers take on refusals.
+Z = X W^T [n_tokens, d_out] are a linear layer's outputs, so its right singular vectors V [d_out, k] act on the left of
+W [d_out, d_in]: after W - V V^T W, no output has a part along V.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from safetyheads.baselines.base import Intervention, Material, refuse_shares
+from safetyheads.baselines.base import Intervention, Material
 from safetyheads.baselines.linear_layers import (
     ACCUMULATED,
     LinearLayer,
@@ -24,7 +29,7 @@ from safetyheads.baselines.linear_layers import (
     batches,
     by_layer,
     edit_layer_by_layer,
-    editing_interventions,
+    edits,
     gram_matrices,
     linear_layers,
 )
@@ -40,13 +45,12 @@ LEAST_BLOCKS = 4
 """Fewest blocks in a layer, so layers narrower than 512 have narrower blocks. Masks chosen for half a layer at once
 ignore the updates and lose to plain magnitude on random layers of 64 and 128 columns; from a quarter of the columns
 down the width hardly matters."""
-SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-"""Shares of weights that are pruned. Fig 6b gives none; both papers show 0.5 first."""
-
 UTILITY_SHARE = 0.07
 """p: share of each row that is kept for benign answers. Wei et al. sweep it too."""
-SAFETY_SHARES = (0.01, 0.03, 0.05, 0.1, 0.2)
-"""q: share of each row that is taken for refusals."""
+UTILITY_RANK_SHARE = 0.27
+"""Share of a layer's full rank that the orthogonal version keeps for utility: 1096 of 4096 in the paper's example."""
+# Relative to the largest singular value: square roots of a Gram matrix in float64 resolve no smaller ones.
+_SMALLEST = 1e-7
 
 Scores = Mapping[LinearLayer, Tensor]
 """Linear layer -> a score for each weight [d_out, d_in]."""
@@ -98,12 +102,11 @@ def block_of(d_in: int) -> int:
 
 
 def to_sparsity(
-    prune: Callable[[Tensor, Tensor, float], Tensor], material: Material, strengths: Sequence[float]
-) -> list[Intervention]:
+    prune: Callable[[Tensor, Tensor, float], Tensor], material: Material, _: Sequence[float]
+) -> Callable[[float], Intervention]:
     """Strength: share of weights that are pruned in each linear layer."""
     engine, linears = material.engine, linear_layers(material.engine)
     text = (*material.text(refused=False, whole=True), *material.text(refused=True, whole=True))
-    refuse_shares("a sparsity", strengths, below_1=True)
 
     def make(sparsity: float) -> Weights:
         return edit_layer_by_layer(
@@ -117,7 +120,7 @@ def to_sparsity(
         changed = (linear for linear in linears if int(block_of(linear.d_in) * linear.d_out * sparsity))
         return sum(linear.d_out * linear.d_in for linear in changed)
 
-    return editing_interventions(engine, strengths, "sparsity {strength:.0%}", make, n_parameters)
+    return edits(engine, "sparsity {strength:.0%}", make, n_parameters)
 
 
 def wanda_scores_of(engine: Engine, linears: Sequence[LinearLayer], text: Sequence[TokenSequence]) -> Scores:
@@ -166,11 +169,10 @@ def by_difference(
     scores_of: Callable[[Engine, Sequence[LinearLayer], Sequence[TokenSequence]], Scores],
     material: Material,
     strengths: Sequence[float],
-) -> list[Intervention]:
+) -> Callable[[float], Intervention]:
     """Strength: q."""
     engine = material.engine
     texts = material.text(refused=True), material.text(refused=False)
-    refuse_shares("a share of the weights", strengths)
     # Flat indices of weights in their matrix, int32: a hundredth of the memory of a large model's scores.
     taken: dict[float, dict[LinearLayer, Tensor]] = {q: {} for q in strengths}
     for layer in by_layer(linear_layers(engine)):
@@ -190,4 +192,59 @@ def by_difference(
         return sum(len(indices) for indices in taken[q].values())
 
     setting = f"top {{strength:.3g}} by refusals less top {UTILITY_SHARE:.3g} by benign answers"
-    return editing_interventions(engine, strengths, setting, make, n_parameters)
+    return edits(engine, setting, make, n_parameters)
+
+
+# ActSVD.
+
+
+def rank_of(linear: LinearLayer, share: float) -> int:
+    """A share of a layer's full rank min(d_out, d_in) as a number of directions, at least one where it is above 0."""
+    full = min(linear.d_out, linear.d_in)
+    return min(full, max(1, round(share * full))) if share > 0 else 0
+
+
+def output_directions(weight: Tensor, gram: Tensor, rank: int) -> Tensor:
+    """V [d_out, rank]: the first right singular vectors of Z = X W^T, of W [d_out, d_in] and X^T X [d_in, d_in] alone.
+
+    Z^T Z = W X^T X W^T = A A^T with A = W S, S a square root of X^T X: V are A's left singular vectors. float64; fewer
+    than ``rank`` where the outputs span fewer.
+    """
+    values, vectors = torch.linalg.eigh(gram.to(ACCUMULATED))
+    root = vectors * values.clamp_min(0).sqrt()  # [d_in, d_in]; a rotation on its right would not change V
+    left, singular, _ = torch.linalg.svd(weight.to(ACCUMULATED) @ root, full_matrices=False)
+    n_spanned = int((singular > _SMALLEST * singular[0]).sum())
+    return left[:, : min(rank, n_spanned)]
+
+
+def without_directions(weight: Tensor, safety: Tensor, utility: Tensor | None = None) -> Tensor:
+    """W - (I - V_u V_u^T) V_s V_s^T W, float64 [d_out, d_in]; without V_u it is W - V_s V_s^T W."""
+    whole = weight.to(ACCUMULATED)
+    of_safety = safety @ (safety.T @ whole)
+    return whole - of_safety if utility is None else whole - of_safety + utility @ (utility.T @ of_safety)
+
+
+def act_svd(material: Material, _: Sequence[float], orthogonal: bool = False) -> Callable[[float], Intervention]:
+    """Strength: share of the rank; ``orthogonal`` keeps the strongest directions of benign answers."""
+    engine, linears = material.engine, linear_layers(material.engine)
+    texts = {"safety": material.text(refused=True)}
+    if orthogonal:
+        texts["utility"] = material.text(refused=False)
+
+    def edit(share: float, linear: LinearLayer, grams: Mapping[str, Tensor]) -> Tensor:
+        shares = {"safety": share, "utility": UTILITY_RANK_SHARE}
+        directions = (
+            output_directions(linear.weight, gram, rank_of(linear, shares[text])) for text, gram in grams.items()
+        )
+        return without_directions(linear.weight, *directions)
+
+    def make(share: float) -> Weights:
+        return edit_layer_by_layer(engine, texts, partial(edit, share))
+
+    def n_parameters(share: float) -> int:
+        return sum(rank_of(linear, share) * (linear.d_in + linear.d_out) for linear in linears)
+
+    return edits(engine, "rank share {strength:.3g}", make, n_parameters)
+
+
+act_svd_orthogonal = partial(act_svd, orthogonal=True)
