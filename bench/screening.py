@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def ranks(case: Case, ablation: Ablation, prompts: int, draws: int, points: Sequ
     worst = {3: 0, 10: 0}
     for _ in range(draws):
         chosen = torch.randperm(len(sequences), generator=generator)[:prompts]
-        drawn = replace(forecast, ships=forecast.ships[chosen])
+        drawn = forecast._replace(ships=forecast.ships[chosen])
         order = drawn.table().values.flatten().argsort(descending=True).tolist()
         best = exact[:, chosen].mean(dim=1).argsort(descending=True).tolist()
         for k, seen in worst.items():

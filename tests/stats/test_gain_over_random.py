@@ -1,7 +1,7 @@
 """The concentration: a case by hand, the slow twin, the coverage of its interval, and where nothing is measured."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -116,7 +116,7 @@ def test_the_interval_of_a_change_covers_over_prompts_and_random_groups():
     # A bootstrap over prompts alone leaves the random groups out.
     assert apart / 100 < 0.85
     # All groups that exist leave only the prompts.
-    whole = [[replace(found[0], n_possible=20)] for found, _ in sides]
+    whole = [[found[0]._replace(n_possible=20)] for found, _ in sides]
     assert change_interval(gained, whole) == pytest.approx(bootstrap_interval(gained, least=-2, most=2))
 
 
@@ -129,8 +129,8 @@ def test_what_the_interval_is_made_of():
         return high - low
 
     # Where the random groups are all that exist, only other prompts could move it.
-    whole = replace(found[0], n_possible=30)
-    assert width(whole) < width(replace(found[0], n_possible=60)) < width(found[0])
+    whole = found[0]._replace(n_possible=30)
+    assert width(whole) < width(found[0]._replace(n_possible=60)) < width(found[0])
     # Each prompt three times is no more than each once: the interval is that of the clusters.
     thrice = SizeOutcome(1, np.repeat(found[0].complied, 3), np.repeat(found[0].random, 3, axis=1))
     clusters = np.repeat(np.arange(60), 3).tolist()
