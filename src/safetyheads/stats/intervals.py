@@ -132,7 +132,7 @@ def _highest_bound(ones: FloatArray, sizes: FloatArray, confidence: float) -> tu
     filled = np.diff(np.minimum(np.cumsum((of_each * times)[order], axis=1), taken[:, None]), axis=1, prepend=0)
     spread = (filled * np.take_along_axis(gains, order, axis=1)).sum(axis=1) + rates**2 * (sizes**2).sum()
     worth = _effective(rates, spread, sizes, confidence)
-    bounds = np.array([_clopper_pearson(*of, confidence)[1] for of in zip(rates * worth, worth, strict=True)])
+    bounds = np.array([clopper_pearson(*of, confidence)[1] for of in zip(rates * worth, worth, strict=True)])
     at = int(bounds.argmax())
     return float(bounds[at]), float(worth[at])
 
