@@ -58,6 +58,8 @@ def test_demo_ends_with_a_summary_and_a_report_and_its_json_is_the_results(run, 
     assert not CALLED_RIGHT.search(out)
     assert "heads x 8 prompts" in err  # the estimate
     results = RunDirectory.open(folder).read_results()
+    # The first line says which template and judge there are, and why.
+    assert err.splitlines()[0] == results["chosen"]
     code, out, _ = run("demo", *SMALL, "--out", folder, "--json")
     assert (code, json.loads(out)) == (0, results)
 

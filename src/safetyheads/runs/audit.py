@@ -31,7 +31,15 @@ from safetyheads.prompts.prompt_set import PromptSet, effective_number
 from safetyheads.runs.config import AuditConfig, ScreenOptions, SizeOptions, Thresholds
 from safetyheads.runs.estimate import Work
 from safetyheads.runs.provenance import template_facts
-from safetyheads.runs.rates import GroupAnswers, by_judge, concentration_as_json, corrected, gross_loss, random_as_json
+from safetyheads.runs.rates import (
+    RATES,
+    GroupAnswers,
+    by_judge,
+    concentration_as_json,
+    corrected,
+    gross_loss,
+    random_as_json,
+)
 from safetyheads.runs.run import (
     Damage,
     Kind,
@@ -455,7 +463,7 @@ def rates_as_json(answers: Mapping[str, GroupAnswers]) -> dict[str, Any]:
     """Rates of the test half, and the ASR of the search half."""
     harmful, benign, search = (answers[name] for name in ("harmful_test", "benign_test", "harmful_search"))
     return {
-        **{name: asdict(getattr(harmful, name)) for name in ("asr", "refused", "incoherent")},
+        **{name: asdict(harmful.rate(RATES[name])) for name in ("asr", "refused", "incoherent")},
         **harmful.coherent_rates(),
         "benign_answered": asdict(benign.answered_rate),
         "search_asr": asdict(search.asr),

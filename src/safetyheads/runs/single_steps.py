@@ -19,7 +19,7 @@ from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.audit import extent_of, screened_search, screening_as_json, search_steps
 from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
 from safetyheads.runs.estimate import Work
-from safetyheads.runs.rates import by_judge
+from safetyheads.runs.rates import RATES, by_judge
 from safetyheads.runs.run import Kind, Run, carry_out, read_sets, refuse_beyond_memory, sampling_of
 from safetyheads.runs.verdict import warn_where_nothing_shows
 from safetyheads.stats.intervals import skewed_mean
@@ -180,7 +180,7 @@ def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:
         "rates": [
             {
                 "heads": label,
-                **{name: asdict(getattr(of_group, name)) for name in ("asr", "refused", "incoherent")},
+                **{name: asdict(of_group.rate(RATES[name])) for name in ("asr", "refused", "incoherent")},
                 **of_group.coherent_rates(),
                 "reasons": of_group.reasons(with_details=False),
                 "change": None if of_group is vanilla else asdict(of_group.change_from(vanilla)),
