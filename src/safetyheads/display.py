@@ -57,13 +57,6 @@ class Table(Shown):
         return pandas.DataFrame(self.to_rows())
 
 
-def duration(seconds: float) -> str:
-    """``3 s``, ``12 min``, ``2.5 h``."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def rate_row(rate: Row, name: str = "asr") -> dict[str, Any]:
     """A rate as columns: the rate under ``name``, its 95 % interval, counts."""
     low, high = rate["interval"] or (None, None)
@@ -91,8 +84,3 @@ def chart(kind: Literal["map", "curve", "scatter"], rows: Sequence[Row], x: str,
     if any("low" in row for row in rows):
         layers.insert(0, points.mark_rule().encode(altair.Y("low", type="quantitative", title=y), altair.Y2("high")))
     return altair.layer(*layers, *[points.mark_line().encode(up)] * (kind == "curve"))
-
-
-def in_clusters(n_clusters: int | None) -> str:
-    """What follows a number of prompts; nothing where each stands alone (None)."""
-    return "" if n_clusters is None else f" in {n_clusters} cluster{'s' * (n_clusters != 1)} of near-duplicates"

@@ -28,7 +28,6 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from safetyheads.cli.terminal import Terminal, terminal_text
-from safetyheads.display import duration
 from safetyheads.reports.tables import (
     NOTHING,
     Cell,
@@ -39,7 +38,7 @@ from safetyheads.reports.tables import (
     sentence_case,
     value_cell,
 )
-from safetyheads.runs.config import Progress, Silent
+from safetyheads.runs.config import Progress, Silent, duration
 
 PATIENCE = 2.0
 """Seconds after which a stage gets a progress bar."""

@@ -22,7 +22,6 @@ from safetyheads.answers.decoding import Decoding, end_tokens
 from safetyheads.answers.success import answers_under
 from safetyheads.answers.success import scan_attack_success_rate as scan
 from safetyheads.demo import planted_heads
-from safetyheads.display import in_clusters
 from safetyheads.errors import InputError
 from safetyheads.experiments.lab import SHORT, Lab, Subject, quoted
 from safetyheads.experiments.outcome import Measured, Outcome, Row
@@ -35,7 +34,7 @@ from safetyheads.model.planning import TokenSequence, row_sizes
 from safetyheads.runs.rates import GroupAnswers, corrected
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import CONFIDENCE, Rate
-from safetyheads.stats.power import smallest_change_with_power
+from safetyheads.stats.power import in_clusters, smallest_change_with_power
 from safetyheads.stats.ranking import proxy_qualities, split_half, top, top_overlap
 from safetyheads.stats.stability import resampled
 from safetyheads.stats.testing import ALPHA, holm

@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import altair as alt
 
-from safetyheads.display import in_clusters
 from safetyheads.reports import charts
 from safetyheads.reports.answers import heads_of, side_by_side
 from safetyheads.reports.charts import Row, Spec
@@ -17,6 +16,7 @@ from safetyheads.reports.tables import Cell, interval, p_value, sentence_case
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.reader import lead_groups
 from safetyheads.runs.stored_files import Record
+from safetyheads.stats.power import in_clusters
 
 Results: TypeAlias = Mapping[str, Any]
 

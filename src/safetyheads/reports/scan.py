@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import altair as alt
 
-from safetyheads.display import in_clusters
 from safetyheads.judges.base import LABELS
 from safetyheads.reports import charts
 from safetyheads.reports.answers import MAX_STATE_BYTES, MAX_TEXT_BYTES, answers_data, by_category, by_prompt
@@ -20,6 +19,7 @@ from safetyheads.reports.tables import number, rate_words, two
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rates import AnswerTable, GroupAnswers, answer_table, with_later_verdicts
 from safetyheads.runs.stored_files import Record
+from safetyheads.stats.power import in_clusters
 
 Results: TypeAlias = Mapping[str, Any]
 Head: TypeAlias = Mapping[str, Any]

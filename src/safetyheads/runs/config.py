@@ -500,6 +500,13 @@ class ServeConfig(PortOptions, GroupOptions, AblationOptions, TemplateOptions, M
     """Longest answer, in tokens, where a client asks for none."""
 
 
+def duration(seconds: float) -> str:
+    """``3 s``, ``12 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 class Progress(Protocol):
     """Watches a run; the command line draws it."""
 

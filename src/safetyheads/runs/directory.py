@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from filelock import FileLock, Timeout
 
-from safetyheads.display import duration
 from safetyheads.errors import ElsewhereError, IncompleteError, InputError, shorten
 from safetyheads.files import (
     PARTIAL,
@@ -34,6 +33,7 @@ from safetyheads.files import (
     write_atomically,
     write_page,
 )
+from safetyheads.runs.config import duration
 from safetyheads.runs.shards import Shard, Units, array_text, owners
 from safetyheads.runs.stored_files import (
     DamagedError,

@@ -13,14 +13,13 @@ import torch
 
 from safetyheads.ablation import SCALING_CONTRIBUTION
 from safetyheads.answers.decoding import Decoding, Request, ShortContextWarning, answer, row_bytes, rows_that_fit
-from safetyheads.display import duration
 from safetyheads.errors import InputError
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import bits_of_weights, load_shape
 from safetyheads.model.names import find_model
 from safetyheads.model.planning import CUDA_TOKENS, Plan, TokenSequence, row_sizes
 from safetyheads.prompts.prompt_set import PromptSet
-from safetyheads.runs.config import ModelOptions
+from safetyheads.runs.config import ModelOptions, duration
 from safetyheads.runs.start import silence_libraries
 from safetyheads.stats.power import prompts_line, smallest_change_with_power
 

@@ -37,7 +37,6 @@ from safetyheads.answers.drafts import Economy
 from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.answers.surprise import OWN_QUANTILE, coherence_limit
 from safetyheads.demo import demo_prompts, planted_heads
-from safetyheads.display import duration
 from safetyheads.errors import ElsewhereError, InputError
 from safetyheads.heads import Group, Head, format_heads, parse_heads, within
 from safetyheads.judges.agreement import agreement
@@ -54,7 +53,7 @@ from safetyheads.model.planning import Plan, TokenSequence
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
-from safetyheads.runs.config import NO_BENIGN, Progress, PromptOptions, Silent, TemplateOptions
+from safetyheads.runs.config import NO_BENIGN, Progress, PromptOptions, Silent, TemplateOptions, duration
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, tensors_place
 from safetyheads.runs.estimate import Estimate, Machine, Work, chain_lines, estimate
 from safetyheads.runs.kept_answers import KeptAnswers

@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from safetyheads.display import in_clusters
 from safetyheads.prompts.prompt_set import effective_number
 from safetyheads.runs.config import Thresholds
 from safetyheads.runs.rates import GroupAnswers, gross_loss
@@ -26,7 +25,7 @@ from safetyheads.stats.intervals import (
     one_sided_bounds,
     wilson_interval,
 )
-from safetyheads.stats.power import needed_for_bound, smallest_change_with_power
+from safetyheads.stats.power import in_clusters, needed_for_bound, smallest_change_with_power
 from safetyheads.stats.testing import exact_mcnemar, least_changed, paired_difference
 
 

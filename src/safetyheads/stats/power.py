@@ -8,7 +8,6 @@ from functools import lru_cache
 import numpy as np
 import scipy  # its modules load on first use
 
-from safetyheads.display import in_clusters
 from safetyheads.errors import InputError
 from safetyheads.stats.intervals import one_sided_bounds
 from safetyheads.stats.testing import ALPHA, least_changed
@@ -16,6 +15,11 @@ from safetyheads.stats.testing import ALPHA, least_changed
 POWER = 0.8
 """How often a change of the smallest size that is named would be found."""
 _LARGEST_N = 100_000
+
+
+def in_clusters(n_clusters: int | None) -> str:
+    """What follows a number of prompts; nothing where each stands alone (None)."""
+    return "" if n_clusters is None else f" in {n_clusters} cluster{'s' * (n_clusters != 1)} of near-duplicates"
 
 
 def smallest_change_with_power(
