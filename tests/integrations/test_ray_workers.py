@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.managers import BaseManager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from safetyheads.errors import InputError, SafetyheadsError
@@ -213,6 +215,91 @@ def test_what_one_process_refuses_is_refused_in_its_words(ray, tmp_path):
 # Long: everything is killed; the organism.
 
 
+def is_worker(pid):
+    try:
+        return "ray::" in " ".join(psutil.Process(pid).cmdline())
+    except psutil.NoSuchProcess:  # also one that is dead and not yet waited for
+        return False
+
+
+def kill_workers(folder, kills, stop):
+    """Kill workers at random moments, twenty in all; each start in the directory names its process."""
+    while len(kills) < 20 and not stop.wait(random.uniform(0.2, 1.5)):
+        pids = [int(path.stem.rpartition("-")[2]) for path in folder.glob("starts/[!.]*.json")]
+        alive = [pid for pid in pids if is_worker(pid)]
+        if alive:
+            kills.append(random.choice(alive))
+            os.kill(kills[-1], signal.SIGKILL)
+
+
+def until_done(out, **settings):
+    """Start again as long as units that were killed too often end the run."""
+    for _ in range(5):
+        try:
+            return by_ray(out, partial(trouble, seconds=0.3), **settings)
+        except SafetyheadsError as error:
+            if "failed 3 times" not in str(error):
+                raise
+    raise AssertionError("the run does not end")
+
+
+@pytest.mark.long
+def test_workers_killed_at_twenty_random_moments(ray, one, tmp_path):
+    kills = []
+    while len(kills) < 20:
+        out, stop = tmp_path / f"run-{len(kills)}", threading.Event()
+        killer = threading.Thread(target=kill_workers, args=(out, kills, stop))
+        killer.start()
+        until_done(out, n_workers=3)
+        stop.set()
+        killer.join()
+        assert bytes_of(out) == one
+
+
+@pytest.mark.long
+def test_the_driver_killed_at_five_random_moments(ray, one, tmp_path):
+    out = tmp_path / "run"
+    for _ in range(5):
+        driver = subprocess.Popen([sys.executable, __file__, out])
+        time.sleep(random.uniform(3, 12))
+        driver.kill()
+        driver.wait()
+    until_done(out)
+    assert bytes_of(out) == one
+
+
+def node_of(cluster):
+    """A further node; where it starts later than Ray waits, as on a crowded machine, it is tried again."""
+    for is_last in (False, False, False, True):
+        try:
+            return cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+        except Exception as error:
+            if is_last or "timed out during startup" not in str(error):
+                raise
+    raise AssertionError
+
+
+@pytest.mark.long
+def test_a_node_removed_from_a_cluster_at_five_random_moments(ray, one, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        for number in range(5):
+            node, out = node_of(cluster), tmp_path / f"run-{number}"
+            remove = threading.Timer(random.uniform(1, 4), cluster.remove_node, [node, False])
+            remove.start()
+            until_done(out, n_workers=3)
+            remove.join()
+            assert bytes_of(out) == one
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        ray.init(num_cpus=3, object_store_memory=100 << 20, **SHUT_OFF)
+
+
 COMMANDS = {
     "audit": ["--benign", "demo", "--size", "2", "--n-random", "2", "--anyway", "--damage-tokens", "2"],
     "scan": ["--benign", "demo", "--prefixes", "2"],
@@ -253,3 +340,7 @@ def test_one_process_seven_shards_and_three_workers_write_the_same_bytes(command
     assert {"results.json", "report/index.html"} < one.keys()
     for other in (merged, tmp_path / "ray"):
         assert {place: content == one.get(place) for place, content in files(other).items()} == dict.fromkeys(one, True)
+
+
+if __name__ == "__main__":
+    until_done(Path(sys.argv[1]))
