@@ -71,7 +71,7 @@ lock: $(TOOLS)/bin/python
 	scripts/lock.sh $(TOOLS)/bin/uv
 
 pip-audit: $(TOOLS)/bin/python
-	$(TOOLS)/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 clean:
 	rm -rf $(VENV) $(TOOLS) docs/api .venv-oldest .venv-peers runs .pytest_cache .mypy_cache .ruff_cache
