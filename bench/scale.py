@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from growth import Elapsed
+from roofline import peak_of
 from shapes import SHAPES, Shape, build, prompts
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
@@ -51,23 +52,27 @@ def measure(
 ) -> dict[str, Any]:
     """Ships of every head, in a run directory; ``data`` are the sequences and the plan."""
     sequences, plan = data
-    # A first pass sets things up, as the proofs of a real worker's engine do.
-    HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True), plan).measure([(engine.heads[0],)])
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
-    before, started = resident("VmRSS"), time.process_time()
+    started = time.process_time()
     with RunDirectory.start(out, {"a": 1}, {}, shard=shard) as run:
         keep = _KeptPass(run, "scores", {})
         head_pass = HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True), plan, keep)
         head_pass.measure([(head,) for head in engine.heads])
-    used = {"peak": resident("VmHWM") - before, "cpu_seconds": time.process_time() - started}
+    used = {"cpu_seconds": time.process_time() - started, "peak": peak_of_pass(engine, sequences, plan)}
     (out / f"used-{os.getpid()}.json").write_text(json.dumps(used))
     return {"n": len(engine.heads)}
 
 
-def resident(name: str) -> int:
-    """Bytes of this process, from Linux: now (``VmRSS``) or at the peak (``VmHWM``)."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(lines[name].split()[0])
+def peak_of_pass(engine: Engine, sequences: Sequence[TokenSequence], plan: Plan) -> int:
+    """Most bytes allocated at once, by the heads of the first layer: no later batch runs through more layers.
+
+    What is resident says more of the allocator, which keeps what earlier batches freed.
+    """
+    heads = [(head,) for head in engine.heads if head.layer == 0]
+
+    def run() -> None:
+        HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, Readouts(ships=True), plan).measure(heads)
+
+    return peak_of(run, "cpu")
 
 
 def load(config: AsrConfig, progress: Silent) -> Engine:
