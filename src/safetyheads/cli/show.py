@@ -204,7 +204,10 @@ def print_table(found: Table) -> None:
     columns = [*compress(found.columns, shown)]
     names, are_text = [column.title for column in columns], [column.is_text for column in columns]
     # The small print tells columns of one title apart.
-    told = [column.title + f", {column.small}" * (names.count(column.title) > 1) for column in columns]
+    told = [
+        column.title + f", {column.small}" * (bool(column.small) and names.count(column.title) > 1)
+        for column in columns
+    ]
     titles = [*map(terminal_text, told)]
     rows = [[*compress(row, shown)] for row in rows]
     ns = {cell.n for row in rows for cell in row if isinstance(cell, Cell) and cell.n}
