@@ -51,7 +51,7 @@ def test_version_and_no_arguments(run):
         assert (code, "Usage" in out) == (0, True)
 
 
-def test_demo_ends_with_a_summary_and_a_report_and_its_json_is_the_results(run, audited):
+def test_the_demos_json_is_its_results(run, audited):
     folder, code, out, err = audited
     assert code == 0
     assert (folder / "report/index.html").is_file()
@@ -66,8 +66,10 @@ def test_demo_ends_with_a_summary_and_a_report_and_its_json_is_the_results(run, 
 
 def test_a_quick_audit_tests_one_size_with_short_controls_and_says_what_it_left_out(run, tmp_path):
     short = ["--candidates", "6", "--sample", "6", "--control-tokens", "3", "--n-random", "9", "--limit", "24"]
-    code, _, _ = run("audit", *DEMO.split(), "--preset", "quick", *short, "--out", tmp_path)
+    code, out, _ = run("audit", *DEMO.split(), "--preset", "quick", *short, "--out", tmp_path)
     assert code == 0
+    for shown in (out, (tmp_path / "report" / "index.html").read_text()):
+        assert all(said in shown for said in ("Heads were screened.", "One size was tested.", "after 3 tokens"))
     results = json.loads((tmp_path / "results.json").read_text())
     (group,) = results["behaviour"]["groups"]
     assert set(group["heads"]) <= PLANTED

@@ -92,7 +92,7 @@ def test_check_splits_every_template_around_the_query(organism):
     assert found["after the query"] == " [/INST]"
 
 
-def test_check_says_how_thinking_is_dealt_with_and_spells_out_what_terminals_obey(engine_with, organism, capsys):
+def test_check_closes_or_opens_think_blocks_and_spells_out_what_terminals_obey(engine_with, organism, capsys):
     for text, thinking, end in (
         (THINKS, None, "<think></think>"),
         (THINKS, "open", "<|assistant|>"),

@@ -34,7 +34,7 @@ def sample_page(name: str) -> Page:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_every_sample_makes_a_whole_page_that_opens_with_the_verdict(name: str) -> None:
+def test_every_sample_makes_a_whole_page_closed_to_the_network(name: str) -> None:
     check_tables(sample_page(name))
     check_closed(sample_page(name))
     assert "None [" not in sample_page(name).words

@@ -44,7 +44,7 @@ def test_the_page_of_other_outcomes(runs, tmp_path):
         assert words in comparison_markdown(found)
 
 
-def test_markdown_counts_heads_and_names_none(runs):
+def test_markdown_names_no_head(runs):
     text = comparison_markdown(compared_record("a", "b"))
     assert not any(head in text for head in ("1-3", "2-1", "0-1", "2-5"))
     assert len({line.count("|") for line in text.splitlines() if line.startswith("| `")}) == 1

@@ -80,7 +80,7 @@ def test_70b_is_planned_from_its_config(tmp_path, machine, quantised, gigabytes,
     assert least < counted.pass_seconds < (30 if "GB of them" in told else 1.6) * least
 
 
-def test_plan_prints_the_chain_of_arrays_and_writes_nothing(run, tmp_path):
+def test_plan_counts_rounds_and_writes_nothing(run, tmp_path):
     path = config_alone(
         tmp_path / "tiny",
         hidden_size=64,
