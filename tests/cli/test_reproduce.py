@@ -37,7 +37,7 @@ def test_a_run_prints_its_tables_and_goes_on_where_it_was(run, monkeypatch):
     def experiments():
         return [outcome["name"] for outcome in json.loads(Path("run/results.json").read_text())["experiments"]]
 
-    def broken(lab, outcome):
+    def broken(lab, outcome, **given):
         raise SafetyheadsError("no luck")
 
     code, out, _ = reproduced("fig13")
