@@ -58,8 +58,9 @@ def test_the_demos_json_is_its_results(run, audited):
     assert not CALLED_RIGHT.search(out)
     assert "heads x 8 prompts" in err  # the estimate
     results = RunDirectory.open(folder).read_results()
-    # The first line says which template and judge there are, and why.
-    assert err.splitlines()[0] == results["chosen"]
+    # Which template and judge there are, and why, is said before the estimate; a slow machine tells of proofs first.
+    lines = err.splitlines()
+    assert lines.index(results["chosen"]) < next(at for at, line in enumerate(lines) if "heads x 8 prompts" in line)
     code, out, _ = run("demo", *SMALL, "--out", folder, "--json")
     assert (code, json.loads(out)) == (0, results)
 
