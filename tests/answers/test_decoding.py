@@ -156,6 +156,16 @@ def test_rows_that_end_early_leave_the_others_as_they_were(family, slow):
     assert answered(engine, MIXED[::-1], ablation) == expected[::-1]
 
 
+@pytest.mark.parametrize(("n_rows", "told"), [(1, [1, 1, 1, 1]), (3, [3, 1])])
+def test_batches_of_a_given_size_answer_alike(n_rows, told, slow):
+    engine, done = engine_of("llama_gqa"), []
+    rows = batch_rows(engine)
+    options = {"on_rows": done.append, "n_rows": n_rows}
+    assert answered(engine, MIXED, FAMILIES["llama_gqa"], **options) == slow["llama_gqa"]
+    assert max(rows) == n_rows
+    assert done == told
+
+
 @pytest.mark.parametrize("listed", [True, False], ids=["list", "number"])
 def test_each_end_token_of_the_generation_config_and_the_tokenizers_ends_an_answer(listed, slow):
     engine, tokens = engine_of("llama_gqa"), slow["llama_gqa"][0][0]

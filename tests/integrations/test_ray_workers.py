@@ -16,11 +16,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.integrations.ray_workers import MOST_FAILURES, ClaimingShard, Claims, carry_out_by_workers
-from safetyheads.runs.config import AsrConfig, Silent
+from safetyheads.measures.head_pass import HeadPass
+from safetyheads.runs.config import AsrConfig, ShipsConfig, Silent
 from safetyheads.runs.directory import RunDirectory, records_place
+from safetyheads.runs.single_steps import run_ships
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runs"))
 from test_shards import bytes_of
@@ -210,6 +213,35 @@ def test_what_one_process_refuses_is_refused_in_its_words(ray, tmp_path):
         by_ray(tmp_path / "run", carry_out=refused)
     with pytest.raises(SafetyheadsError, match="workers are lost before they compute anything"):
         by_ray(tmp_path / "run", load=killed, n_workers=1)
+
+
+def tight(config, progress):
+    """An engine on whose device more than four groups do not fit."""
+    from safetyheads.measures.head_pass import HeadPass
+    from safetyheads.runs.start import load_engine
+
+    if not hasattr(HeadPass, "whole"):
+        HeadPass.whole = HeadPass._read
+
+    def read(self, hidden):
+        if len(hidden) > 4:
+            raise RuntimeError("not enough memory")
+        return self.whole(hidden)
+
+    HeadPass._read = read
+    return load_engine(config, progress)
+
+
+def test_batches_that_do_not_fit_are_halved_as_in_one_process(ray, tmp_path, monkeypatch):
+    config = ShipsConfig("demo:aligned_a", "demo", limit=6, memory=1.0)
+    monkeypatch.setattr(HeadPass, "_read", HeadPass._read)  # put back at the end
+    torch.set_num_threads(1)
+    run_ships(tight(config, Silent()), config, tmp_path / "one")
+    by_ray(tmp_path / "ray", carry_out=run_ships, config=config, load=tight)
+    one = bytes_of(tmp_path / "one")
+    # The batch of each of four layers did not fit, and has two halves.
+    assert len([place for place in one if place.startswith("shards/")]) == 4 + 8
+    assert bytes_of(tmp_path / "ray") == one
 
 
 # Long: everything is killed; the organism.

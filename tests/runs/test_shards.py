@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -287,6 +288,42 @@ def test_a_full_disk_is_one_line_and_the_unit_is_done_again(apart, tmp_path, mon
         assert len(str(told.value).splitlines()) == 1
     assert 3 < n_left < 39
     assert bytes_of(folder) == bytes_of(apart[0])
+
+
+def test_clocks_need_not_agree(apart, tmp_path, monkeypatch):
+    folder, days = tmp_path / "run", {1: 1000, 2: -1000, 3: 0}
+    now, now_ns = time.time, time.time_ns
+    for index in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda days=days[index]: now() + days * 86_400)
+            patch.setattr(time, "time_ns", lambda days=days[index]: now_ns() + days * 86_400 * 10**9)
+            if index < 3:
+                with pytest.raises(ElsewhereError):
+                    unit_files(folder, Shard(index, 3))
+            else:
+                assert unit_files(folder, Shard(index, 3)) == [1.0, 2.0, 3.0]
+    assert status_of(folder).stages["things"]["done"] == 3
+    merge(tmp_path / "merged", apart, {})
+    assert unit_files(tmp_path / "merged") == [1.0, 2.0, 3.0]
+
+
+def test_a_rename_that_is_seen_late_costs_a_wait_or_a_round(tmp_path, monkeypatch):
+    """A network file system shows a file of another machine only after some looks at it."""
+    looks, exists, folder = Counter(), os.path.lexists, tmp_path / "run"
+    for index in (1, 2):
+        with pytest.raises(ElsewhereError):
+            unit_files(folder, Shard(index, 3))
+    of_others = set(folder.glob("completions/[!.]*"))
+
+    def sees(path):
+        looks[path] += 1
+        return exists(path) and (path not in of_others or looks[path] > 3)
+
+    monkeypatch.setattr(os.path, "lexists", sees)
+    with pytest.raises(ElsewhereError, match=r"not there yet: 2 units of other shards"):
+        unit_files(folder, Shard(3, 3))
+    looks.clear()
+    assert unit_files(folder, Shard(3, 3, 60.0)) == [1.0, 2.0, 3.0]
 
 
 def test_the_plan_of_the_first_of_several_processes_holds(tmp_path):
