@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -101,15 +102,16 @@ def main() -> None:
                 heads[point["label"]][point["panel"]] = point["x"]
         kept = {key: outcome[key] for key in ("models", "settings", "asked", "headline", "tables")}
         text = json.dumps(rounded(kept | {"heads": heads}), indent=None, separators=(",", ":"))
+        text = re.sub(r'=[^"]*/', "=", text)  # a file's name says enough
         (FOLDER / f"{name}.json").write_text(text.replace('},"', '},\n"') + "\n", encoding="utf-8")
         drawn = {"heads": head_map(figures[0]["points"]), "scores": scores(scatters)}
         drawn["groups"] = groups(figures[-1]["points"])
         for kind, chart in drawn.items():
             chart.configure(font="sans-serif").save(FOLDER / f"{name}-{kind}.png", scale_factor=1.5)
         for table in map(table_shown, outcome["tables"]):
-            lines = [f"\n### {table['title']}\n", markdown(title for title, *_ in table["columns"])]
-            lines.append("|" + "---|" * len(table["columns"]))
-            for row in table["rows"]:
+            lines = [f"\n### {table.title}\n", markdown(column.title for column in table.columns)]
+            lines.append("|" + "---|" * len(table.columns))
+            for row in table.rows:
                 lines.append(markdown(" ".join(filter(None, (cell.text, cell.interval, cell.n))) for cell in row))
             sys.stdout.write("\n".join(lines) + "\n")
 
