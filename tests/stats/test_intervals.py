@@ -113,7 +113,9 @@ def test_equal_values_are_no_certainty():
         assert bootstrap_interval(np.full(48, value)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("n_population", "n_sampled", "n_found"), [(992, 64, 0), (24, 8, 0), (30, 12, 3), (9, 9, 2)])
+@pytest.mark.parametrize(
+    ("n_population", "n_sampled", "n_found"), [(992, 64, 0), (24, 8, 0), (30, 12, 3), (9, 9, 2), (9, 0, 0), (0, 0, 0)]
+)
 def test_the_bound_on_a_population_is_the_last_that_the_sample_does_not_refute(n_population, n_sampled, n_found):
     bound = most_in_population(n_population, n_sampled, n_found)
 

@@ -329,4 +329,6 @@ def most_in_population(n_population: int, n_sampled: int, n_found: int) -> int:
     if not 0 <= n_found <= n_sampled <= n_population:
         raise InputError(f"{n_found} found of {n_sampled} sampled of {n_population} cannot be")
     members = np.arange(n_found, n_population - (n_sampled - n_found) + 1)
-    return int(members[scipy.stats.hypergeom.cdf(n_found, n_population, members, n_sampled) > 1 - CONFIDENCE].max())
+    # Of a population of none the chance is NaN, and nothing is rare.
+    rare = scipy.stats.hypergeom.cdf(n_found, n_population, members, n_sampled) <= 1 - CONFIDENCE
+    return int(members[~rare].max())
