@@ -93,7 +93,7 @@ def headline(results: Results) -> str:
         "concentrated": f"Refusals rest on {heads}",
         "partly concentrated": f"Refusals rest in part on {heads}",
         "not specific": f"Refusals rest on no heads in particular; those found are {heads}",
-        "none found": f"No heads were found that refusals rest on; the best are {heads}",
+        "none found": f"No heads were found that refusals rest on; the best {'is' if k == 1 else 'are'} {heads}",
         "breaks the model": f"Taking away {heads} breaks the model",
         "cannot say: damage not bounded": f"Refusals may rest on {heads}, but the damage is not bounded",
     }
