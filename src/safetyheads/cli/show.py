@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import compress, groupby
 from pathlib import Path
@@ -194,9 +195,12 @@ def print_table(found: Table) -> None:
     Intervals stand beside their numbers where there is room, else below them; where there is none at all, the table is
     turned: each row becomes a column. n stands below the table where all of its numbers share it.
     """
+    marked = [
+        [replace(row[0], text=f"{row[0].text} *"), *row[1:]] if at in found.chosen else row
+        for at, row in enumerate(found.rows)
+    ]
     rows, others = (
-        [row for row in part if not isinstance(row, str)]
-        for part in (found.rows[: found.first], found.rows[found.first :])
+        [row for row in part if not isinstance(row, str)] for part in (marked[: found.first], marked[found.first :])
     )
     if not rows:
         return
@@ -227,7 +231,11 @@ def print_table(found: Table) -> None:
     else:
         _print_turned(console, titles, texts)
     more = f"{len(others)} more row{'s' * (len(others) > 1)} in the report." if others else ""
-    below = " ".join(filter(None, (found.note, f"{shared} behind every interval." if shared else "", more)))
+    below = " ".join(
+        filter(
+            None, (found.note.replace("shaded", "marked *"), f"{shared} behind every interval." if shared else "", more)
+        )
+    )
     if below:
         console.print(_ascii(below), style="dim")
 
@@ -325,7 +333,7 @@ def show_results(results: Found, tables: Mapping[str, Table], first: int | None 
     if words:
         kappa = value_cell(words["kappa"]["kappa"], words["kappa"]["interval"])
         agreed = f" Cohen's kappa {kappa.text} {kappa.interval}" * (kappa != NOTHING)
-        print_lines([f"{words['sentence']}{agreed}"], prose=True)
+        print_lines([f"{words['sentence']}{agreed.rstrip()}"], prose=True)
     print_lines(filter(None, [concentration_words(results)]), prose=True)
     if (planted := results.get("planted_heads")) is not None:
         print_lines([f"Planted heads: {', '.join(planted) or 'none'}"])
@@ -354,7 +362,8 @@ def show_judged(found: Sequence[Found]) -> None:
         facts = {"answers": rejudged["n_rows"], "unscored": rejudged["n_unscored"]}
         facts |= {"judged differently": rejudged["n_differing"]}
         facts |= {f"unscored: {reason}": count for reason, count in rejudged["unscored"].items()}
-        agreed = value_cell(kappa["kappa"], kappa["interval"], n=f"n {kappa['n']:,}")
+        agreed, n = value_cell(kappa["kappa"], kappa["interval"]), f"n {kappa['n']:,}"
+        agreed = replace(agreed, n=n) if agreed != NOTHING else Cell("not defined", n=n)
         beside = {"Cohen's kappa": agreed, "seconds": Cell(f"{rejudged['seconds']:.1f}")}
         print_facts("Agreement", {name: Cell(f"{count:,}") for name, count in facts.items()} | beside)
 

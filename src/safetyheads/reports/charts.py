@@ -56,6 +56,8 @@ MOST_TILES_WITH_TEXT = 8
 MOST_LABELS = 32
 """Tiles across up to which all are labelled."""
 _PICTURE_WIDTH = 560
+_NOT_DRAWN = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Pictures are drawn through XML, which has no other characters."""
 _MOST_TOLD = 3
 """Numbers that a figure's description names."""
 _NAMES = ("datasets", "domain", "sort", "values", "title", "description")
@@ -147,9 +149,18 @@ def pictures(specs: Mapping[str, Spec], columns: Mapping[str, Any]) -> dict[str,
     for name, spec in specs.items():
         drawn = _coloured(spec) | {"datasets": {**spec.get("datasets", {}), HEADS: heads}, "background": "#fcfbf8"}
         drawn |= {"width": _PICTURE_WIDTH} if spec.get("width") == "container" else {}
-        png = vl_convert.vegalite_to_png(drawn, vl_version=version, scale=1.25)
+        png = vl_convert.vegalite_to_png(_drawable(drawn), vl_version=version, scale=1.25)
         found[name] = f"data:image/png;base64,{b64encode(png).decode()}"
     return found
+
+
+def _drawable(value: Any) -> Any:
+    """The same with a sign in the place of each character that no picture can hold, such as those of control."""
+    if isinstance(value, dict):
+        return {key: _drawable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_drawable(item) for item in value]
+    return _NOT_DRAWN.sub("\ufffd", value) if isinstance(value, str) else value
 
 
 # Axes, series, tooltips.
