@@ -92,6 +92,7 @@ def test_history_is_printed_and_written(run):
     assert out.index("runs/a") < out.index("runs/b")
     assert Path("history.html").stat().st_mode & 0o077 == 0
     found = json.loads(run("history", "unfinished", "--json")[1])
+    assert "Skipped" in run("history", "unfinished")[1]
     names = [[entry["name"] for entry in found[part]] for part in ("runs", "skipped")]
     assert (names, found["page"]) == ([["a"], ["b"]], "unfinished/history.html")
 

@@ -75,6 +75,7 @@ def test_a_browser_without_javascript_gets_a_picture_of_every_figure() -> None:
     rows = [{"x": at, "y": 0.1 * at, "low": 0.0, "high": 0.5, "series": "UA", "panel": ""} for at in range(3)]
     columns = {"n_heads": 4, "scores": {"s": [0.5] * 8}, "best_first": ["0-0"], "named": ["0-0"]}
     wide = charts.head_map(charts.heat("s", [0.5], "nats"), (2, 4), [], "all heads")
+    rows[0]["series"] = "a run\x1b of any name"
     found = charts.pictures({"lines": charts.lines(rows, "x", "y", "d"), "map": wide}, columns)
     for name, address in found.items():
         kind, _, data = address.partition(",")

@@ -60,12 +60,13 @@ def test_unreadable_runs_are_skipped_with_their_reason(folder):
     (folder / "bad" / "manifest.json").write_text("{")
     (audit_run(folder / "unfinished") / "results.json").unlink()
     rewritten(scan_run(folder / "poem", {}), kind="poem")
+    rewritten(audit_run(folder / "forged"), model=None)
     broken = audit_run(folder / "broken")
     for path in (broken / "completions").glob("vanilla-*"):
         path.write_text("{")
     found = read_history(folder)
     assert len(found["runs"]) == 3
-    assert [skipped["name"] for skipped in found["skipped"]] == ["bad", "broken", "poem", "unfinished"]
+    assert [skipped["name"] for skipped in found["skipped"]] == ["bad", "broken", "forged", "poem", "unfinished"]
     assert all(skipped["reason"] for skipped in found["skipped"])
 
 

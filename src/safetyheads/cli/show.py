@@ -195,10 +195,9 @@ def print_table(found: Table) -> None:
     Intervals stand beside their numbers where there is room, else below them; where there is none at all, the table is
     turned: each row becomes a column. n stands below the table where all of its numbers share it.
     """
-    marked = [
-        [replace(row[0], text=f"{row[0].text} *"), *row[1:]] if at in found.chosen else row
-        for at, row in enumerate(found.rows)
-    ]
+    marked: list[Any] = [*found.rows]
+    for at in found.chosen:
+        marked[at] = [replace(marked[at][0], text=f"{marked[at][0].text} *"), *marked[at][1:]]
     rows, others = (
         [row for row in part if not isinstance(row, str)] for part in (marked[: found.first], marked[found.first :])
     )

@@ -199,7 +199,8 @@ def is_adapter(path: str, revision: str | None) -> bool:
     # os.path and not pathlib: a text that cannot be a path at all is a missing one, no other error.
     if not os.path.exists(path):
         look_at_hub(path, revision)
-    return not os.path.isfile(path) and find_adapter_config_file(path, revision=revision) is not None
+    there = os.path.isdir(path) or not os.path.exists(path)
+    return there and find_adapter_config_file(path, revision=revision) is not None
 
 
 def look_at(path: str, options: LoadOptions, name: str) -> Path | None:

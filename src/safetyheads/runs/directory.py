@@ -39,6 +39,7 @@ from safetyheads.runs.stored_files import (
     DamagedError,
     Held,
     Record,
+    as_damaged,
     content_key,
     converted,
     pack_records,
@@ -52,7 +53,7 @@ from safetyheads.runs.stored_files import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Version of the layout of a run directory, of its records and of ``results.json``; another version is refused."""
 
 _LOCK = ".lock-"
@@ -322,7 +323,8 @@ class RunDirectory:
     def planned(self) -> list[tuple[str, Units]]:
         """Every stage that was reached, and its units as the process found them that reached it."""
         listed = (self._read_json(place) for place in self._names("plan/*.json"))
-        return [(of["stage"], {tuple(places): cost for places, cost in of["units"]}) for of in listed]
+        with as_damaged(self.path / "plan"):
+            return [(of["stage"], {tuple(places): cost for places, cost in of["units"]}) for of in listed]
 
     # Joining the directories of shards.
 
@@ -538,15 +540,17 @@ class RunDirectory:
         """Read the results and the lists of finished stages, which must fit each other."""
         results = self._read_json("results.json")
         self._files = {}
-        for stage, digest in results["stages"].items():
-            if content_key({"files": self._load_stage(f"stages/{stage}.json")}) != digest:
-                raise DamagedError(f"{self.path / f'stages/{stage}.json'} does not fit results.json")
+        with as_damaged(self.path / "results.json"):
+            for stage, digest in results["stages"].items():
+                if content_key({"files": self._load_stage(f"stages/{stage}.json")}) != digest:
+                    raise DamagedError(f"{self.path / f'stages/{stage}.json'} does not fit results.json")
         self._results = results
 
     def _load_stage(self, place: str) -> list[list[Any]]:
         """Place, number of entries and checksum of each file of a finished stage; they are known from here on."""
-        files: list[list[Any]] = self._read_json(place)["files"]
-        self._files = {file: (count, sha256) for file, count, sha256 in files} | self._files
+        with as_damaged(self.path / place):
+            files: list[list[Any]] = self._read_json(place)["files"]
+            self._files = {file: (count, sha256) for file, count, sha256 in files} | self._files
         return files
 
     def _load_stages(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -14,7 +14,7 @@ from safetyheads.errors import InputError
 from safetyheads.files import leaves
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.rates import GroupAnswers
-from safetyheads.runs.stored_files import Record
+from safetyheads.runs.stored_files import Record, as_damaged
 from safetyheads.stats.gain_over_random import SizeOutcome
 from safetyheads.stats.intervals import FloatArray
 from safetyheads.stats.ranking import HeadTable
@@ -83,29 +83,32 @@ class RunReader(Table):
             )
         self.path, self.kind, self.directory = path, kind, directory
         self.config, self.results = directory.manifest.config, results
-        starts, self.model = directory.read_starts(), str(results["model"]["name"])
-        self.started = datetime.fromisoformat(starts[0]["started"]) if starts else None
-        self.shape: tuple[int, int] = (results["model"]["n_layers"], results["model"]["n_heads"])
-        self.vanilla_asr: RateRecord = _value_at(results, _ASR[kind])
-        self.limit: float | None = _value_at(results, "coherence.limit")
-        self.benign_answered: RateRecord | None = _value_at(results, _KEPT[kind])
-        self.concentration: Mapping[str, Any] | None = results.get("concentration")
-        ended = _value_at(results, "verdict.stopped_early")
-        self.stopped_early: str = str(_value_at(results, "verdict.sentence") or "no reason is given") if ended else ""
-        self.n_seeds: int = _value_at(results, "statistics.n_seeds") or 1
-        self.verdict: str | None = None
-        self.lead_score: str = ASR_ALONE
-        self.lead_group: Mapping[str, Any] | None = None
-        if kind == "audit":
-            verdict = results["verdict"]
-            self.verdict, self.lead_score = verdict["label"], lead_score_of(results)
-            self.lead_heads: tuple[str, ...] = (*verdict["heads"],)
-            named = (group for group in lead_groups(results) if {*group["heads"]} == {*self.lead_heads})
-            self.lead_group = next(named, None)
-        else:
-            alpha = _value_at(results, "statistics.alpha") or 0.05
-            p_values = {entry["head"]: (entry.get("change") or {}).get("p_tarone") for entry in results["heads"]}
-            self.lead_heads = tuple(head for head, p in p_values.items() if p is not None and p < alpha)
+        with as_damaged(path / "results.json"):
+            starts, self.model = directory.read_starts(), str(results["model"]["name"])
+            self.started = datetime.fromisoformat(starts[0]["started"]).astimezone(UTC) if starts else None
+            self.shape: tuple[int, int] = (results["model"]["n_layers"], results["model"]["n_heads"])
+            self.vanilla_asr: RateRecord = _value_at(results, _ASR[kind])
+            self.limit: float | None = _value_at(results, "coherence.limit")
+            self.benign_answered: RateRecord | None = _value_at(results, _KEPT[kind])
+            self.concentration: Mapping[str, Any] | None = results.get("concentration")
+            ended = _value_at(results, "verdict.stopped_early")
+            self.stopped_early: str = (
+                str(_value_at(results, "verdict.sentence") or "no reason is given") if ended else ""
+            )
+            self.n_seeds: int = _value_at(results, "statistics.n_seeds") or 1
+            self.verdict: str | None = None
+            self.lead_score: str = ASR_ALONE
+            self.lead_group: Mapping[str, Any] | None = None
+            if kind == "audit":
+                verdict = results["verdict"]
+                self.verdict, self.lead_score = verdict["label"], lead_score_of(results)
+                self.lead_heads: tuple[str, ...] = (*verdict["heads"],)
+                named = (group for group in lead_groups(results) if {*group["heads"]} == {*self.lead_heads})
+                self.lead_group = next(named, None)
+            else:
+                alpha = _value_at(results, "statistics.alpha") or 0.05
+                p_values = {entry["head"]: (entry.get("change") or {}).get("p_tarone") for entry in results["heads"]}
+                self.lead_heads = tuple(head for head, p in p_values.items() if p is not None and p < alpha)
 
     def _facts(self) -> dict[str, object]:
         heads = ", ".join(self.lead_heads) or "none"

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import msgspec
 
-from safetyheads.errors import InputError, first_line
+from safetyheads.errors import InputError, SafetyheadsError, first_line
 from safetyheads.files import canonical_json, parse_json
 
 if TYPE_CHECKING:
@@ -28,6 +30,17 @@ _CHECKED = "checksums"
 
 class DamagedError(InputError):
     """A stored file does not hold what it says, or what its place says."""
+
+
+@contextmanager
+def as_damaged(path: Path) -> Iterator[None]:
+    """Within, a field that is missing, or of another type, is one line that names the file and the field."""
+    try:
+        yield
+    except SafetyheadsError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise DamagedError(f"{path} does not hold what is read of it: {type(error).__name__}, {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
