@@ -44,8 +44,8 @@ from safetyheads.model.planning import (
     first_wanted,
     pack,
     prompt_of_wanted,
+    row_prefix,
     row_sizes,
-    shared_prefix,
 )
 from safetyheads.model.replay import wanted_states
 from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
@@ -195,7 +195,6 @@ class Lineariser(NamedTuple):
     def at(self, point: Point, common: Group = (), followed: Followed | None = None, gradients: bool = True) -> Linear:
         """Linearise at one point with the ``common`` heads ablated; without ``followed`` this model chooses tokens."""
         n_states = sum(sequence.n_wanted for sequence in self.sequences)
-        prefix = shared_prefix(self.sequences) if len(self.sequences) > 1 else 0
         uniforms = torch.rand(n_states, point.n_samples, generator=torch.Generator().manual_seed(0))
         parts, done = [], 0
         with ExitStack() as stack:
@@ -203,10 +202,10 @@ class Lineariser(NamedTuple):
             stack.enter_context(gradients_of(self.engine.model))
             stack.enter_context(torch.set_grad_enabled(gradients))
             for members in self._rows():
-                row = pack(self.sequences, members, self.engine.device, prefix)
+                row = pack(self.sequences, members, self.engine.device, self.n_prefix)
                 here = slice(done, done + len(row.wanted))
                 known = None if followed is None else (followed[0][here], followed[1][here])
-                parts.append(self._linearise_row(row, point, common, known, uniforms[here], prefix))
+                parts.append(self._linearise_row(row, point, common, known, uniforms[here]))
                 done = here.stop
         tokens, samples = (torch.cat(tensors) for tensors in zip(*(part.followed for part in parts), strict=True))
         log_p, others, refusal, moves = zip(*(part[2:] for part in parts), strict=True)
@@ -228,14 +227,13 @@ class Lineariser(NamedTuple):
             rows[-1].append(number)
         return rows
 
+    @property
+    def n_prefix(self) -> int:
+        """First tokens that all prompts share."""
+        return row_prefix(self.sequences)
+
     def _linearise_row(
-        self,
-        row: PackedRow,
-        point: Point,
-        common: Group,
-        followed: Followed | None,
-        uniforms: Tensor,
-        n_prefix: int,
+        self, row: PackedRow, point: Point, common: Group, followed: Followed | None, uniforms: Tensor
     ) -> Linear:
         """One forward over a packed row, and its backward passes where gradients are recorded.
 
@@ -259,7 +257,7 @@ class Lineariser(NamedTuple):
         if self.openers:
             parts.append(log_odds(log_probabilities, self.openers)[:, None])
         columns = torch.cat(parts, dim=-1)
-        moves = self._moves(row, columns, outputs, changes, n_prefix)
+        moves = self._moves(row, columns, outputs, changes)
         refusal = columns[:, -1].detach().cpu() if self.openers else torch.zeros(len(columns), dtype=torch.float64)
         with torch.no_grad():
             log_p = log_probabilities.gather(-1, tokens).cpu()
@@ -267,9 +265,7 @@ class Lineariser(NamedTuple):
             others = torch.stack([rest.logsumexp(dim=-1) for rest in without], dim=-1).cpu()
         return Linear(point, followed, log_p, others, refusal, moves)
 
-    def _moves(
-        self, row: PackedRow, columns: Tensor, outputs: Sequence[Tensor], changes: Sequence[Tensor], n_prefix: int
-    ) -> Tensor:
+    def _moves(self, row: PackedRow, columns: Tensor, outputs: Sequence[Tensor], changes: Sequence[Tensor]) -> Tensor:
         """First-order change of each column by each head's ablation [n_states + 1, n_layers, n_heads, columns].
 
         The last is what the first ``n_prefix`` tokens of all prompts add, summed over the states.
@@ -279,7 +275,7 @@ class Lineariser(NamedTuple):
         for layer, shape in enumerate(engine.architecture.shapes):
             moves[:, layer, shape.n_heads if shape else 0 :] = torch.nan
         # Of each token; 0 is the prefix, which a prompt alone in its row has among its own tokens.
-        prompts = row.packing.segments * (row.packing.positions >= n_prefix)
+        prompts = row.packing.segments * (row.packing.positions >= self.n_prefix)
         prompt_of = row.packing.segments[row.wanted].cpu()
         # The states of the row in turns, each with at most one state of each prompt.
         numbers = prompt_of.tolist()

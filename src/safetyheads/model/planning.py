@@ -90,6 +90,11 @@ def shared_prefix(sequences: Sequence[TokenSequence]) -> int:
     return max(0, min(same, *(len(sequence.token_ids) - sequence.n_wanted for sequence in sequences)))
 
 
+def row_prefix(sequences: Sequence[TokenSequence]) -> int:
+    """First tokens that a row of these sequences holds once: those they share, none of a sequence alone."""
+    return shared_prefix(sequences) if len(sequences) > 1 else 0
+
+
 def prompt_of_wanted(sequences: Sequence[TokenSequence]) -> Tensor:
     """int64 [n_wanted of all]: the sequence of each wanted token."""
     counts = torch.tensor([sequence.n_wanted for sequence in sequences])
@@ -109,7 +114,7 @@ def pack(
 ) -> PackedRow:
     """Lay the ``members`` of ``sequences`` in one row, their common prefix (or so much of it) once."""
     chosen = [sequences[member] for member in members]
-    prefix = shared_prefix(chosen) if len(chosen) > 1 else 0
+    prefix = row_prefix(chosen)
     prefix = prefix if longest_prefix is None else min(prefix, longest_prefix)
     token_ids = list(chosen[0].token_ids[:prefix])
     positions, segments = list(range(prefix)), [0] * prefix
@@ -295,7 +300,7 @@ def row_sizes(sequences: Sequence[TokenSequence], plan: Plan) -> tuple[RowSize, 
     sizes = []
     for row in plan.rows:
         members = [sequences[member] for member in row]
-        prefix = shared_prefix(members) if len(members) > 1 else 0
+        prefix = row_prefix(members)
         lengths = [len(member.token_ids) for member in members]
         sizes.append(
             RowSize(
