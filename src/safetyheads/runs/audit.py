@@ -52,6 +52,7 @@ from safetyheads.runs.run import (
     sampling_of,
 )
 from safetyheads.runs.verdict import (
+    Evidence,
     before_ablation,
     evidence_of,
     settled,
@@ -374,8 +375,8 @@ def _outcomes(
     if config.needed_controls:
         on_test = (partial(answer, name, unique) for name in ("harmful_test", "benign_test"))
         (group,), (*_, damage) = unique, together(*on_test, partial(benign_damage, unique))
-        harmful, benign = ((vanilla[name], answers[name][group]) for name in ("harmful_test", "benign_test"))
-        needless = settled(evidence_of(harmful, benign, (), damage[group].kl), config)
+        of_group = {name: answers[name][group] for name in answers}
+        needless = settled(_evidence(vanilla, of_group, (), damage[group].kl), config)
     if needless:
         controls = dict.fromkeys(unique, RandomGroups())
     harmed = list(dict.fromkeys([*unique, *(control for group in unique for control in controls[group].groups)]))
@@ -422,6 +423,11 @@ def lead_group(vanilla: Mapping[str, GroupAnswers], outcomes: Sequence[GroupOutc
     return candidates[size - 1]
 
 
+def _evidence(vanilla: Mapping[str, GroupAnswers], answers: Mapping[str, GroupAnswers], *found: Any) -> Evidence:
+    harmful, benign = ((vanilla[name], answers[name]) for name in ("harmful_test", "benign_test"))
+    return evidence_of(harmful, benign, *found)
+
+
 def audit_verdict(
     vanilla: Mapping[str, GroupAnswers],
     outcome: GroupOutcome,
@@ -430,8 +436,8 @@ def audit_verdict(
     repeatability: float | None = None,
 ) -> dict[str, Any]:
     """The verdict on one group, as results hold it: :func:`.verdict.verdict_of` the held-out answers."""
-    harmful, benign = ((vanilla[name], outcome.answers[name]) for name in ("harmful_test", "benign_test"))
-    evidence = evidence_of(harmful, benign, outcome.random, outcome.damage.kl, outcome.drawn.matched, repeatability)
+    found = outcome.random, outcome.damage.kl, outcome.drawn.matched, repeatability
+    evidence = _evidence(vanilla, outcome.answers, *found)
     evidence = replace(evidence, settled=outcome.settled)
     heads = [str(head) for head in outcome.group]
     verdict = verdict_of(evidence, thresholds, f"{len(heads)} of {n_heads} heads ({', '.join(heads)})")
@@ -441,8 +447,7 @@ def audit_verdict(
 
 def early_verdict(vanilla: Mapping[str, GroupAnswers], thresholds: Thresholds) -> dict[str, Any] | None:
     """The verdict that the unablated answers settle, as results hold it; None where a group can be measured."""
-    harmful, benign = ((vanilla[name], vanilla[name]) for name in ("harmful_test", "benign_test"))
-    evidence = evidence_of(harmful, benign, (), ())
+    evidence = _evidence(vanilla, vanilla, (), ())
     if before_ablation(evidence, thresholds) is None:
         return None
     verdict = unablated_verdict(evidence, thresholds)
