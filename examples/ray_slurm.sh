@@ -10,7 +10,8 @@ set -euo pipefail
 model=$1 prompts=$2 run=$3 gpus=${GPUS:-8}
 export RAY_USAGE_STATS_ENABLED=0
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")  # no pipe into head: it may kill scontrol
+head=${nodes[0]}
 address=$head:6379
 srun --nodes=1 --ntasks=1 --nodelist="$head" \
   ray start --head --port=6379 --num-gpus="$gpus" --include-dashboard=false --block &
