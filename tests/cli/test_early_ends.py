@@ -1,9 +1,13 @@
 """Where nothing can be measured: what each command says, with which exit code, and what it leaves on disk."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
+from safetyheads.runs import kept_answers
+from safetyheads.runs.config import Thresholds
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 BASE = ("demo:base", "--prompts", "demo", "--limit", "6", "--quiet")
@@ -45,3 +49,17 @@ def test_too_few_prompts_end_an_audit_before_the_model_is_read(run, no_model, li
     assert json.loads(run(*options, "--json")[1])["verdict"]["stopped_early"] is True
     assert not Path("runs").exists()
     assert run(*options, "--anyway")[0] == 1  # the model was read
+
+
+def test_thresholds_are_on_disk_before_the_first_prompt_is_answered(run, monkeypatch):
+    found = []
+
+    def interrupted(*_):
+        found.append(json.loads(Path("run/manifest.json").read_text())["config"])
+        raise KeyboardInterrupt
+
+    for name in ("answer", "unablated_answers"):
+        monkeypatch.setattr(kept_answers, name, interrupted)
+    assert run("demo", "--most-kl", "0.04", "--quiet", "--out", "run")[0] == 130
+    assert found
+    assert {name: found[0][name] for name in asdict(Thresholds())} == asdict(Thresholds(most_kl=0.04))
