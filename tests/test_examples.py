@@ -59,6 +59,7 @@ def test_the_recipe_for_ci_gives_commands_that_parse():
 @pytest.mark.parametrize(
     ("script", "called"),
     [
+        ("kubernetes_job.yaml", ("--out /shared/run", "--shard 3/8")),
         ("eight_gpus.sh", ("--shard 1/2", "--shard 2/2", "status run")),
         ("ray_slurm.sh", ("--ray node-1:6379 --workers 4 --gpus-per-worker 1",)),
         ("slurm_array.sh", ("--shard 3/4",)),
@@ -74,11 +75,13 @@ def test_the_recipes_are_shell_scripts_whose_shards_fit_the_scheduler(script, ca
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
     settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3", "GPUS": "2", "SHARDS": "4"}
-    settings |= {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2"}
+    settings |= {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2", "JOB_COMPLETION_INDEX": "2"}
     settings |= {"CODE": "3"} if script == "slurm_array.sh" else {}
-    subprocess.run(
-        ["bash", FOLDER / script, "model", "prompts", "run", "2", "5"], cwd=tmp_path, env=settings, check=True
-    )
+    command = ["bash", FOLDER / script, "model", "prompts", "run", "2", "5"]
+    if script.endswith("yaml"):
+        (container,) = yaml.safe_load((FOLDER / script).read_text())["spec"]["template"]["spec"]["containers"]
+        command = container["command"] + container["args"]
+    subprocess.run(command, cwd=tmp_path, env=settings, check=True)
     for _ in range(100):  # of calls in the background, the last may come after the script's end
         if all(text in (tmp_path / "calls").read_text() for text in called):
             return
