@@ -153,6 +153,8 @@ class Capture:
         self.inputs: dict[int, Tensor | Path] = {}
         self._devices: dict[int, torch.device] = {}
         self._folder = TemporaryDirectory(prefix="safetyheads-") if place == "disk" else None
+        # What was read last from a file, for all batches that begin at its layer.
+        self._read: tuple[int, Tensor] | None = None
         self.arguments: dict[int, Arguments] = {}
         # What a first ablated layer's heads, unablated and ablated, give its output projection, for all of its batches
         # [2, n_tokens, n_heads * d_value].
@@ -172,8 +174,11 @@ class Capture:
 
     def input_of(self, layer: int) -> Tensor:
         """The states that enter a layer, on their device."""
-        kept = self.inputs[layer]
-        hidden = load_file(kept)["hidden"] if isinstance(kept, Path) else kept
+        hidden = self.inputs[layer]
+        if isinstance(hidden, Path):
+            if self._read is None or self._read[0] != layer:
+                self._read = layer, load_file(hidden)["hidden"]
+            hidden = self._read[1]
         return hidden.to(self._devices[layer], non_blocking=True)
 
     def drop_before(self, layer: int) -> None:
