@@ -17,7 +17,9 @@ import shutil
 import sys
 import tempfile
 import time
+from bisect import bisect
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,14 @@ from roofline import peak_of
 from shapes import SHAPES, Shape, build, prompts
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-from safetyheads.integrations.ray_workers import ClaimingShard, Claims, carry_out_by_workers
+from safetyheads.integrations.ray_workers import ClaimingShard, Claims, carry_out_by_workers, spread
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.planning import Plan, TokenSequence, fit_plan, row_sizes
 from safetyheads.runs.config import AsrConfig, Silent
 from safetyheads.runs.directory import RunDirectory, stage_of, status_of
-from safetyheads.runs.kept_answers import groups_together
+from safetyheads.runs.kept_answers import groups_together, prompts_together
 from safetyheads.runs.run import _KeptPass
 from safetyheads.runs.shards import Shard, Units
 
@@ -183,7 +185,8 @@ def scan_units(shape: Shape, n_harmful: int, n_benign: int, changed: float) -> t
         forward = costs.forward_flops(rows) / RATE
         longer = 1 + _N_NEW / (sum(len(sequence.token_ids) for sequence in sequences) / n)
         decoding = forward * (longer - 1) * 10
-        unablated[f"completions/vanilla-{name}.jsonl",] = forward + decoding
+        for at, part in enumerate(prompts_together([len(sequence.token_ids) for sequence in sequences])):
+            unablated[f"completions/vanilla-{name}-{at:024x}.jsonl",] = len(part) / n * (forward + decoding)
         once[f"scores-{name}"], once[f"heads-{name}"] = forward, 2 * forward * longer
         for at, chunk in enumerate(groups_together([(head,) for head in engine.heads], n)):
             # On average a head's layer is in the middle, and layers before it are not run again.
@@ -201,10 +204,12 @@ def _task_of(unit: str) -> int:
     return 2 if stage.startswith("scores") else int(stage.endswith("benign"))
 
 
-def simulated(stages: Sequence[Units], once: dict[str, float], n_workers: int, overhead: float) -> dict[str, float]:
-    """Workers that claim units from the real claims, in simulated time; every other one begins with the second task."""
-    now = 0.0
-    claims = Claims(lambda: now)
+def simulated(
+    stages: Sequence[Units], once: dict[str, float], sizes: Sequence[int], n_workers: int, overhead: float
+) -> dict[str, float]:
+    """Workers that claim units from the real claims, in simulated time, spread over sets of these sizes at first."""
+    now, until = 0.0, list(accumulate(sizes))
+    claims, firsts = Claims(lambda: now), [bisect(until, spread(number) * until[-1]) for number in range(n_workers)]
     busy, begun = 0.0, [set[str]() for _ in range(n_workers)]
     for units in stages:
         names = {places[0]: cost for places, cost in units.items()}
@@ -216,7 +221,8 @@ def simulated(stages: Sequence[Units], once: dict[str, float], n_workers: int, o
             if unit:
                 claims.done(unit)
                 last = now
-            tasks = sorted(left, key=lambda name: (_task_of(name) - 1) % 3) if worker % 2 else left
+            first = firsts[worker]
+            tasks = sorted(left, key=lambda name, first=first: (_task_of(name) - first) % 3) if first else left
             chosen = next((name for name in tasks if claims.claim(f"{worker}", name)[0]), None)
             if chosen is None:
                 continue
@@ -236,7 +242,7 @@ def cluster(overhead: float) -> Iterator[dict[str, Any]]:
     for n_harmful, n_benign, changed in ((100, 100, 0.1), (520, 100, 0.1), (520, 520, 0.1), (520, 520, 1.0)):
         stages, once = scan_units(SHAPES["llama-2-7b"], n_harmful, n_benign, changed)
         for n_workers in (1, 8, 64):
-            found = simulated(stages, once, n_workers, overhead)
+            found = simulated(stages, once, (n_harmful, n_benign), n_workers, overhead)
             sizes = {"harmful": n_harmful, "benign": n_benign, "changed": changed, "units": sum(map(len, stages))}
             yield {"part": "cluster", **sizes, "workers": n_workers, **found}
 

@@ -19,6 +19,7 @@ import torch
 from safetyheads import load_demo
 from safetyheads.errors import ElsewhereError, IncompleteError, InputError
 from safetyheads.files import write_atomically
+from safetyheads.runs import kept_answers
 from safetyheads.runs.audit import read_prompts, run_audit
 from safetyheads.runs.config import AuditConfig, ScanConfig
 from safetyheads.runs.directory import RunDirectory, records_place, status_of
@@ -68,9 +69,12 @@ def rounds(carry_out, engine, config, folder, n_shards):
     [(run_audit, AUDIT), (run_audit, SCREENED), (run_scan, SCAN)],
     ids=["audit", "screened", "scan"],
 )
-def test_shards_of_one_directory_write_the_bytes_of_one_process(engine, tmp_path, carry_out, config):
+def test_shards_of_one_directory_write_the_bytes_of_one_process(engine, tmp_path, monkeypatch, carry_out, config):
+    monkeypatch.setattr(kept_answers, "_LEAST_PROMPTS", 2)  # so that unablated answers have several parts
     carry_out(engine, config, tmp_path / "one")
     n = rounds(carry_out, engine, config, tmp_path / "many", 2)
+    planned = dict(RunDirectory.look(tmp_path / "many").planned())
+    assert len(planned["unablated"]) > 4
     assert 1 < n <= carry_out(engine, config, tmp_path / "none", dry_run=True)["rounds"]
     if config is SCREENED:  # units are the forecast, and its best heads with the sample: 5 a step, and not 32
         reached = RunDirectory.look(tmp_path / "many").planned()
@@ -202,6 +206,8 @@ def test_what_does_not_fit_together_is_refused(apart, tmp_path, run):
     unit_files(other_config := tmp_path / "seed", config={"a": 2})
     with pytest.raises(InputError, match=r"other settings: a \(1 -> 2\)"):
         merge(tmp_path / "out", [other, other_config], {})
+    with pytest.raises(InputError, match="name the directories to join"):
+        merge(tmp_path / "out", [], {})
     assert not (tmp_path / "out").exists()
 
 
@@ -225,6 +231,8 @@ def test_status_reads_what_is_done_in_work_and_missing(apart, tmp_path, run):
     found = json.loads(run("status", tmp_path / "killed", "--json")[1])
     assert found["stages"]["things"] == {"units": 3, "done": 0, "running": 1, "missing": 2}
     assert (found["shards"], found["missing_shards"], found["finished"]) == (3, "1-3", False)
+    (log,) = apart[0].glob("starts/*.jsonl")
+    log.write_text('[]\n{"place": [], "seconds": "x"}\n{"place": "y", "seconds": null}\n' + log.read_text() + '{"pl')
     status = status_of(apart[0])
     assert (status.stages["things"]["done"], status.missing_shards.count("1")) == (1, 0)
     assert status.seconds_left is not None

@@ -148,7 +148,7 @@ def sweep(
     *,
     combined: Annotated[dict[str, Any], Given(SweepOptions)],
     config: Annotated[dict[str, Any], Given(AuditConfig, ("model", "prompts", "ablation"))],
-    where: Annotated[dict[str, Any], Given(RunOptions, ("settings", "ray", "workers", "gpus_per_worker"))],
+    where: Annotated[dict[str, Any], Given(RunOptions, ("settings",))],
     report: ReportOptions,
     output: OutputOptions,
 ) -> int:
@@ -173,8 +173,15 @@ def sweep(
     def load(config: AuditConfig) -> Engine:
         return load_engine(config, progress) if machine is None else machine.engine(config)
 
-    how = {"command": sys.argv, "dry_run": options.dry_run, "shard": options.parsed_shard, "machine": machine}
-    costs, failed = carry_out_sweep(audits, load, progress, **how)
+    how: dict[str, Any] = {"command": sys.argv, "dry_run": options.dry_run, "machine": machine}
+    how["shard"] = options.parsed_shard
+    if options.ray is None or options.dry_run or machine is not None:
+        costs, failed = carry_out_sweep(audits, load, progress, **how)
+    else:
+        from safetyheads.integrations.ray_workers import sweep_by_workers
+
+        at = options.ray, options.workers, options.gpus_per_worker
+        costs, failed = sweep_by_workers(audits, progress, sys.argv, *at)
     for place, error in failed.items():
         show.print_error(f"error: {place.name}: {error}")
     if options.dry_run or machine is not None:

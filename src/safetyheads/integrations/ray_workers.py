@@ -14,17 +14,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError, one_line, shorten
-from safetyheads.runs.config import ModelOptions, Progress, Silent
+from safetyheads.runs.audit import read_prompts
+from safetyheads.runs.config import AuditConfig, ModelOptions, Progress, Silent
 from safetyheads.runs.directory import stage_of
 from safetyheads.runs.shards import Shard, Units
 from safetyheads.runs.start import load_engine
+from safetyheads.runs.sweep import carry_out_sweep
 
+Results = TypeVar("Results")
 MOST_FAILURES = 3
 """A unit that failed so many times is not tried again."""
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -34,7 +38,7 @@ _SECONDS_TO_SHOW = 10.0
 
 
 class Claims:
-    """Knows who computes which unit; a unit is called by the first of its files."""
+    """Knows who computes which unit; a unit is called by its run, if there are several, and the first of its files."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -84,32 +88,54 @@ class Claims:
         """Lines that were not passed on yet; the first stage that is not done, with its units that are and all."""
         lines = [line for line, is_told in self._lines.items() if not is_told]
         self._lines |= dict.fromkeys(lines, True)
-        n_units = Counter(map(stage_of, self._is_done))
-        n_done = Counter(stage_of(unit) for unit, is_done in self._is_done.items() if is_done)
+        n_units = Counter(map(_stage_of, self._is_done))
+        n_done = Counter(_stage_of(unit) for unit, is_done in self._is_done.items() if is_done)
         stage = next((stage for stage in n_units if n_done[stage] < n_units[stage]), "")
         return lines, (stage, n_done[stage], n_units[stage])
+
+
+def _stage_of(unit: str) -> str:
+    """Of a unit that may begin with its run."""
+    run, mark, place = unit.rpartition(": ")
+    return run + mark + stage_of(place)
 
 
 class ClaimingShard(Shard):
     """Takes the units that :class:`Claims` gives it, and waits for those of other workers."""
 
-    def __init__(self, worker: str, folder: Path, ask: Callable[..., Any], tell: Callable[..., object]) -> None:
-        """``ask`` and ``tell`` call a method of the claims by name; only the first waits for what it returns."""
+    def __init__(
+        self, worker: str, folder: Path, ask: Callable[..., Any], tell: Callable[..., object], run: str = ""
+    ) -> None:
+        """``ask`` and ``tell`` call a method of the claims by name; only the first waits for what it returns.
+
+        ``run`` begins the names of units.
+        """
         super().__init__(wait=math.inf)
         self.part, self.alone = worker, False
-        self._folder, self._ask, self._tell = folder, ask, tell
+        self._folder, self._ask, self._tell, self._run = folder, ask, tell, run
         self._units: dict[str, tuple[str, ...]] = {}
         self._mine, self._given_up = set[str](), set[str]()
         self._seen: dict[str, float] = {}
 
+    def within(self, folder: Path) -> ClaimingShard:
+        """Shares of another run: its units have files of the same names."""
+        shard = ClaimingShard(self.part, folder, self._ask, self._tell, f"{folder.name}: ")
+        shard.begins_with = self.begins_with
+        return shard
+
+    def failures(self, error: SafetyheadsError) -> SafetyheadsError:
+        """What keeps a run from its end: where that is what others compute, their units that failed too often."""
+        return _failures(self._ask("given_up"), self._run) if isinstance(error, ElsewhereError) else error
+
     def divide(self, units: Units) -> None:
         """Tell the claims of new units."""
-        self._tell("expect", {places[0]: self._is_there(places) for places in units if places[0] not in self._units})
+        new = [places for places in units if places[0] not in self._units]
+        self._tell("expect", {self._run + places[0]: self._is_there(places) for places in new})
         self._units |= {place: places for places in units for place in places}
 
     def takes(self, place: str) -> bool:
         """Whether this worker computes the unit of a file: what it was given, and what nobody divided."""
-        if place not in self._units or (unit := self._units[place][0]) in self._mine:
+        if place not in self._units or (unit := self._name(place)) in self._mine:
             return True
         now = time.monotonic()
         if now - self._seen.get(unit, -math.inf) < _SECONDS_BETWEEN_LOOKS:
@@ -123,14 +149,26 @@ class ClaimingShard(Shard):
     def wrote(self, place: str) -> None:
         """Tell the claims of a unit whose files are all written."""
         if place in self._units and self._is_there(self._units[place]):
-            self._tell("done", self._units[place][0])
+            self._tell("done", self._name(place))
 
     def ends_waiting(self, missing: Iterable[str], seconds: float) -> bool:
         """Whether everything that is missing failed too often."""
-        return all(place in self._units and self._units[place][0] in self._given_up for place in missing)
+        return all(place in self._units and self._name(place) in self._given_up for place in missing)
+
+    def _name(self, place: str) -> str:
+        """What the claims call the unit of a file."""
+        return self._run + self._units[place][0]
 
     def _is_there(self, places: Sequence[str]) -> bool:
         return all(os.path.lexists(self._folder / place) for place in places)
+
+
+def spread(number: int) -> float:
+    """Where a worker begins among sets of prompts, as a share: multiples of the golden ratio are spread evenly.
+
+    So few workers need the captures of two sets.
+    """
+    return number * 0.618034 % 1
 
 
 class Worker(Silent):
@@ -154,8 +192,7 @@ class Worker(Silent):
         progress = self if number == 0 else Silent()
         self._engine = self._engine or self._load(config, progress)
         shard = ClaimingShard(name, out, lambda *call: ray.get(self._tell(*call)), self._tell)
-        # Every other worker begins with the second set of prompts, so that fewer need the captures of both.
-        shard.begins_with = number % 2
+        shard.begins_with = spread(number)
         try:
             return carry_out(self._engine, config, out, data, progress, command, shard=shard)
         except ElsewhereError:
@@ -163,7 +200,7 @@ class Worker(Silent):
 
 
 def carry_out_by_workers(
-    carry_out: Callable[..., Mapping[str, Any]],
+    carry_out: Callable[..., Results],
     config: ModelOptions,
     out: Path,
     data: Any,
@@ -173,7 +210,7 @@ def carry_out_by_workers(
     n_workers: int | None = None,
     gpus_per_worker: float = 0.0,
     load: Callable[[Any, Progress], Any] = load_engine,
-) -> Mapping[str, Any]:
+) -> Results:
     """The results of a run that workers under Ray carry out, as written; arguments as for :func:`.run.carry_out`.
 
     The ``address`` is that of a cluster, ``auto`` for the one at hand, or ``local`` for one of this machine alone.
@@ -198,11 +235,51 @@ def carry_out_by_workers(
             config = replace(config, memory=psutil.virtual_memory().available / 2**31 / n_workers)
         driver = _Driver(ray, ray.remote(num_cpus=n_cpus, num_gpus=gpus_per_worker)(Worker), progress, load)
         try:
-            return driver.results(n_workers, carry_out, config, out.absolute(), data, tuple(command))
+            results: Results = driver.results(n_workers, carry_out, config, out.absolute(), data, tuple(command))
+            return results
         except ray.exceptions.RayError as error:
             raise SafetyheadsError(f"Ray failed, the same command goes on: {one_line(error)}") from None
         finally:
             driver.close()
+
+
+def _failures(given_up: Mapping[str, str], run: str = "") -> SafetyheadsError:
+    """Names the units of a run that failed too often."""
+    units = {unit: reason for unit, reason in given_up.items() if unit.startswith(run)}
+    lines = [f"{unit} failed {MOST_FAILURES} times: {reason}" for unit, reason in units.items()]
+    return SafetyheadsError(f"{'; '.join(lines)}. What was computed is kept")
+
+
+def sweep_by_workers(
+    audits: Mapping[Path, AuditConfig],
+    progress: Progress,
+    command: Sequence[str],
+    address: str,
+    n_workers: int | None = None,
+    gpus_per_worker: float = 0.0,
+) -> tuple[dict[Path, dict[str, Any]], dict[Path, SafetyheadsError]]:
+    """As :func:`.carry_out_sweep`: workers share each audit, one after another, and hold a model for all of its audits.
+
+    Other arguments as for :func:`carry_out_by_workers`.
+    """
+    first, *others = audits.values()
+    if any((of.device, of.device_map, of.threads) != (first.device, first.device_map, first.threads) for of in others):
+        raise InputError("under --ray all audits of a sweep have one device, device map and number of threads")
+    prompts = {place: read_prompts(config) for place, config in audits.items()}
+    given = replace(first, memory=None), Path(), (audits, prompts), progress, command
+    return carry_out_by_workers(_swept, *given, address, n_workers, gpus_per_worker, _loader)
+
+
+def _loader(_: Any, progress: Progress) -> Callable[[AuditConfig], Any]:
+    return partial(load_engine, progress=progress)
+
+
+def _swept(load: Any, config: Any, _: Path, data: Any, progress: Progress, command: Any, shard: ClaimingShard) -> Any:
+    """What a worker found of a sweep; an audit without a memory of its own has the worker's."""
+    audits, prompts = data
+    given = {place: replace(audit, memory=audit.memory or config.memory) for place, audit in audits.items()}
+    found, failed = carry_out_sweep(given, load, progress, prompts, shard, command=command)
+    return found, {place: shard.within(place).failures(error) for place, error in failed.items()}
 
 
 class _Driver:
@@ -219,7 +296,7 @@ class _Driver:
         self._bar, self._shown = ExitStack(), ("", 0, 0)
         self._advance: Callable[[int], None] = lambda _: None
 
-    def results(self, n_workers: int, *arguments: Any) -> Mapping[str, Any]:
+    def results(self, n_workers: int, *arguments: Any) -> Any:
         """Carry out the run; the first worker that ends has its results."""
         self._arguments, self._most_losses, results = arguments, MOST_FAILURES * n_workers, None
         for number in range(n_workers):
@@ -230,9 +307,7 @@ class _Driver:
             for reference in ended:
                 results = results or self._ended(reference)
         if results is None:
-            failed = self._ray.get(self._claims.given_up.remote())
-            lines = [f"{unit} failed {MOST_FAILURES} times: {reason}" for unit, reason in failed.items()]
-            raise SafetyheadsError(f"{'; '.join(lines)}. What was computed is kept")
+            raise _failures(self._ray.get(self._claims.given_up.remote()))
         if others := list(self._running):  # they are about to write the same bytes
             self._ray.wait(others, num_returns=len(others), timeout=_SECONDS_TO_END)
         return results
@@ -248,7 +323,7 @@ class _Driver:
         name, actor = f"ray-{time.time_ns()}", actor or self._worker.remote(os.getcwd(), self._claims, self._load)
         self._running[actor.run.remote(name, number, *self._arguments)] = number, actor, name
 
-    def _ended(self, reference: Any) -> Mapping[str, Any] | None:
+    def _ended(self, reference: Any) -> Any:
         """What a worker ended with; one that failed or was lost starts again."""
         number, actor, name = self._running.pop(reference)
         try:

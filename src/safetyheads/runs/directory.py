@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import time
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -379,15 +380,18 @@ class RunDirectory:
 
     # Work that is shared.
 
-    def each(self, tasks: Sequence[Callable[[], Value]]) -> Iterator[tuple[int, Value]]:
+    def each(self, tasks: Sequence[Callable[[], Value]], costs: Sequence[float] = ()) -> Iterator[tuple[int, Value]]:
         """Do every task, and give its place in the list and its value; those that need other shards' units come last.
+
+        Several workers begin with different tasks, with each as many as its share of the ``costs``, by default alike.
 
         Raises:
             ElsewhereError: such units are not there, and no more were written for as long as the shard waits.
         """
         later: dict[int, ElsewhereError] = {}
         # Within a task files get smaller, and the smallest come last.
-        first = 0 if self._nested else min(self.shard.begins_with, len(tasks))
+        until = list(accumulate(costs or [1.0] * len(tasks)))
+        first = 0 if self._nested or not tasks else bisect(until, self.shard.begins_with * until[-1])
         for at in (*range(first, len(tasks)), *range(first)):
             try:
                 value = self._inner(tasks[at])
@@ -414,9 +418,9 @@ class RunDirectory:
             if later:
                 time.sleep(min(_POLL_SECONDS, self.shard.wait))
 
-    def together(self, *tasks: Callable[[], Any]) -> list[Any]:
+    def together(self, *tasks: Callable[[], Any], costs: Sequence[float] = ()) -> list[Any]:
         """The value of every task, as :meth:`each` does them."""
-        return [value for _, value in sorted(self.each(tasks), key=lambda done: done[0])]
+        return [value for _, value in sorted(self.each(tasks, costs), key=lambda done: done[0])]
 
     def _inner(self, task: Callable[[], Value]) -> Value:
         """The value of a task; it does not wait itself, so that no other task waits for it."""
@@ -895,7 +899,7 @@ def _read_logs(folder: Path) -> tuple[dict[str, float], set[str]]:
     for path in sorted((folder / "starts").glob("[!.]*.jsonl")):
         working = set[str]()
         for line in read_regular(path).splitlines():
-            with suppress(InputError):  # the last line of a process that was killed
+            with suppress(InputError, TypeError, ValueError):  # the last line of a process that was killed
                 noted = parse_json(line, path)
                 place = str(noted.get("place"))
                 if "seconds" in noted:

@@ -6,7 +6,7 @@ Results are made of records and scores alone, so that another judge's verdicts m
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import combinations
@@ -134,6 +134,7 @@ def _scanned(run: Run[ScanConfig], samplings: Sequence[Sampling]) -> tuple[list[
         *(partial(scan, "heads", name, singles) for name in run.asked),
         *(partial(scan, "heads", "harmful", singles, run.ablation.at(epsilon)) for epsilon in config.epsilons),
         partial(_measure, run),
+        costs=[*map(len, run.asked.values()), *[len(run.asked["harmful"])] * len(config.epsilons), 0],
     )
     alone = dict(zip(run.asked, heads, strict=False))
 
@@ -156,17 +157,26 @@ def _measure(run: Run[ScanConfig]) -> tuple[dict[str, Any], HeadScores | None, l
     """What results hold of the scores; Ships of each harmful prompt, if anything needs them; the search's prefixes."""
     config, engine, ablation = run.config, run.engine, run.ablation
     measured: dict[str, Any] = {"scores": {}, "benign_kl": None, "openers": []}
+    tasks: list[Callable[[], Any]] = []
+    if config.scores or config.prefixes or config.query_level:
+        openers, angles = run.openers("harmful", benign="benign"), ANGLES if len(run.asked["harmful"]) > 1 else ()
+        readouts = Readouts(True, tuple(opener.token_id for opener in openers), angles)
+        sequences = answer_sequences(engine, run.asked["harmful"].prompts, 1)
+        tasks = [
+            partial(run.scored, "harmful", ablation, readouts),
+            partial(run.screen, "harmful", sequences, ablation),
+        ]
     if "benign" in run.asked:
-        benign = run.scored("benign", ablation, Readouts(ships=True))[1]["ships"]
+        tasks.append(partial(run.scored, "benign", ablation, Readouts(ships=True)))
+    done = run.directory.together(*tasks)
+    if "benign" in run.asked:
+        benign = done[-1][1]["ships"]
         columns = [benign.values[:, head.layer, head.index].tolist() for head in engine.heads]
         measured["benign_kl"] = [asdict(skewed_mean(column)) for column in columns]
-    if not (config.scores or config.prefixes or config.query_level):
+    if len(tasks) < 2:
         return measured, None, []
-    openers, angles = run.openers("harmful", benign="benign"), ANGLES if len(run.asked["harmful"]) > 1 else ()
-    readouts = Readouts(True, tuple(opener.token_id for opener in openers), angles)
-    harmful, tables = run.scored("harmful", ablation, readouts)
+    (harmful, tables), forecast, *_ = done
     scores = scores_of(harmful)
-    forecast = run.screen("harmful", answer_sequences(engine, run.asked["harmful"].prompts, 1), ablation)
     scores["screened_mean_ships"] = replace(forecast.table(), name="screened_mean_ships")
     if "benign" in run.asked:
         contrast = scores[LEAD].values - benign.mean().values

@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, replace
 from functools import cached_property, partial
+from itertools import chain
 from math import ceil
+from operator import itemgetter
 from typing import Any, TypeAlias
+
+import numpy as np
 
 from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Answer, Decoding, Request, answer, rows_that_fit
@@ -28,6 +32,7 @@ from safetyheads.prompts.prompt_set import Prompt
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory, records_place
 from safetyheads.runs.rates import GroupAnswers
+from safetyheads.runs.shards import Units
 from safetyheads.runs.stored_files import Record, content_key
 
 Placed: TypeAlias = tuple[int, Group, Answer]
@@ -38,6 +43,9 @@ _RECORDS_TOGETHER = 2048
 # Of more files than these few the last ones hold fewer answers, so that workers end at about the same time: each holds
 # a share of the groups that are left, as if so many workers took one at once, and an eighth of those above at least.
 _FEW_FILES, _WORKERS, _PARTS = 4, 64, 8
+# Unablated answers are decoded and stored in at most so many parts, of about so many prompts at least, for workers to
+# share.
+_MOST_PARTS, _LEAST_PROMPTS = 16, 16
 # Drafts pay from about so many groups on: preparing them costs as much as decoding two or three groups plainly, and of
 # groups that change few answers they save half (bench/LOG.md, 2026-11-29).
 _LEAST_DRAFTED = 8
@@ -153,6 +161,13 @@ def groups_together(groups: Sequence[Group], n_prompts: int) -> list[Sequence[Gr
     return chunks
 
 
+def prompts_together(lengths: Sequence[int]) -> list[list[int]]:
+    """Prompts, by number, in the parts whose unablated answers are decoded and stored together: of similar length."""
+    n_parts = min(_MOST_PARTS, ceil(len(lengths) / _LEAST_PROMPTS))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [sorted(part.tolist()) for part in np.array_split(order, n_parts)]
+
+
 class KeptAnswers:
     """One set of prompts under one decoding: unablated answers, and answers under any groups of any ablation.
 
@@ -188,24 +203,30 @@ class KeptAnswers:
         self.engine, self.asked = judging.engine, judging.asked
         self.lead, self._halved = judging.judges[0].name, Halved(directory)
         self.measures_surprise = measures_surprise
+        self.words: Sequence[Judge] = ()
+        """Judges of words that label the whole unablated answers too."""
         self.limit: float | None = None
         """Surprise above which an answer is not coherent; the run sets it once it knows the unablated answers."""
         self.costs: dict[str, Economy] = {}
         """What each chunk of answers cost, in this process or an earlier one; a chunk's file begins with it."""
+        self._parts = prompts_together([*map(len, self.asked.token_ids)])
+        self._decoded: dict[int, Answer] = {}
         self._drafts: dict[Ablation, VerifiedDrafts] = {}
 
     def vanilla(self) -> GroupAnswers:
         """The unablated answers."""
-        self.directory.divide(f"vanilla-{self.name}", dict([self.unablated_unit]))
-        (records,) = self.directory.together(lambda: self._unablated_records)
-        return GroupAnswers.of("", records, self.lead, self.limit)
+        return GroupAnswers.of("", self._unablated_records, self.lead, self.limit)
 
     @property
-    def unablated_unit(self) -> tuple[tuple[str, ...], float]:
-        """The files that one shard makes of the unablated answers, and how many tokens they cost at most."""
-        drafts = records_place(f"drafts-{self.name}", self._fields(None))
-        vanilla = records_place(f"vanilla-{self.name}", self._judged_fields(None))
-        return (drafts, vanilla) if self.stores_completions else (vanilla,), self._n_tokens(range(len(self.asked)))
+    def unablated_units(self) -> Units:
+        """The files that one shard makes of each part of the unablated answers, and the tokens that they cost."""
+        units = dict[tuple[str, ...], float]()
+        for part in self._parts:
+            places = [records_place(f"drafts-{self.name}", self._fields(None, part))] * self.stores_completions
+            places.append(records_place(f"vanilla-{self.name}", self._judged_fields(None, part)))
+            places += [records_place(f"words-{self.name}", self._words_fields(part))] * bool(self.words)
+            units[tuple(places)] = self._n_tokens(part)
+        return units
 
     def _n_tokens(self, numbers: Iterable[int]) -> float:
         """Tokens of the prompts of these numbers, and of answers of full length."""
@@ -213,13 +234,22 @@ class KeptAnswers:
 
     @cached_property
     def _unablated_records(self) -> list[Record]:
-        def compute() -> list[dict[str, Any]]:
-            placed = [(number, (), decoded) for number, decoded in enumerate(self.unablated)]
-            return self._judged("vanilla", None, placed, self._surprises)
+        self.directory.divide(f"vanilla-{self.name}", self.unablated_units)
+        with self.progress.track(f"{self.name}: unablated answers", len(self._parts)) as done:
 
-        if self.stores_completions:
-            _ = self.unablated, self._n_rows  # where they were lost they are made again
-        return self._kept(f"vanilla-{self.name}", self._judged_fields(None), compute)
+            def records_of(part: Sequence[int]) -> list[Record]:
+                def compute() -> list[dict[str, Any]]:
+                    placed = [(number, (), decoded) for number, decoded in self._drafts_of(part).items()]
+                    return self._judged("vanilla", None, placed, self._surprises)
+
+                if self.stores_completions:
+                    _ = self._drafts_of(part), self._n_rows  # where they were lost they are made again
+                records = self._kept(f"vanilla-{self.name}", self._judged_fields(None, part), compute)
+                done(1)
+                return records
+
+            parts = self.directory.together(*(partial(records_of, part) for part in self._parts))
+        return [record for records in parts for record in records]
 
     @cached_property
     def _surprises(self) -> Surprises | None:
@@ -268,31 +298,36 @@ class KeptAnswers:
         columns = {f"top {size}": records[size - 1 :: len(sizes)] for size in sizes}
         return [GroupAnswers.of(label, of, self.lead, self.limit) for label, of in columns.items()]
 
-    def by_words(self, judges: Sequence[Judge]) -> dict[str, list[Verdict]]:
-        """Labels of other judges for the whole unablated answers, by judge.
+    def by_words(self) -> dict[str, list[Verdict]]:
+        """Labels of the judges of words for the whole unablated answers, by judge.
 
         An answer that was cut where the run's judges were final, and these are not, is decoded to its end: the answers
         on which judges of words differ are among these.
         """
+        if not self.words:
+            return {}
+        judging = Judging(self.engine, self.asked.prompts, self.words, self.decoding.max_new_tokens)
+        settles = judging.stop or (lambda _: False)
 
-        def compute() -> list[dict[str, Any]]:
-            judging = Judging(self.engine, self.asked.prompts, judges, self.decoding.max_new_tokens)
-            settles = judging.stop or (lambda _: False)
-            whole = [decoded.complete or settles(decoded.token_ids) for decoded in self.unablated]
-            cut = [number for number, is_whole in enumerate(whole) if not is_whole]
+        def compute(part: Sequence[int]) -> list[dict[str, Any]]:
+            answers = self._drafts_of(part)
+            cut = [at for at, decoded in answers.items() if not (decoded.complete or settles(decoded.token_ids))]
             requests = [Request(self.asked.token_ids[number], stop=self.asked.reader.ends) for number in cut]
             decoding = replace(self.decoding, full_answers=True)
-            again = answer(self.engine, requests, decoding, n_rows=self._n_rows, halved=self._halved) if cut else ()
-            answers = dict(enumerate(self.unablated)) | dict(zip(cut, again, strict=True))
+            again = answer(self.engine, requests, decoding, n_rows=self._n_rows, halved=self._halved)
+            answers |= zip(cut, again, strict=True)
             judged = judging.judged([(number, (), decoded) for number, decoded in answers.items()])
             return [
                 {"id": number, "by_words": {name: verdict.label for name, verdict in row.verdicts.items()}}
-                for number, row in enumerate(judged)
+                for number, row in zip(answers, judged, strict=True)
             ]
 
-        fields = self._fields(None) | {"by_words": [judge.describe() for judge in judges]}
-        records = self.directory.records(f"words-{self.name}", fields, compute)
-        return {judge.name: [Verdict(record["by_words"][judge.name], "") for record in records] for judge in judges}
+        def records_of(part: Sequence[int]) -> list[Record]:
+            return self.directory.records(f"words-{self.name}", self._words_fields(part), partial(compute, part))
+
+        parts = self.directory.together(*(partial(records_of, part) for part in self._parts))
+        records = sorted(chain(*parts), key=itemgetter("id"))
+        return {judge.name: [Verdict(record["by_words"][judge.name], "") for record in records] for judge in self.words}
 
     def judged(self, records: Iterable[Record]) -> list[JudgedAnswer]:
         """The answers of records of this set."""
@@ -306,17 +341,23 @@ class KeptAnswers:
     @cached_property
     def unablated(self) -> tuple[Answer, ...]:
         """The unablated answers as tokens, with their margins: the drafts."""
+        parts = self.directory.together(*(partial(self._drafts_of, part) for part in self._parts))
+        return tuple(decoded for _, decoded in sorted(chain(*(part.items() for part in parts)), key=itemgetter(0)))
+
+    def _drafts_of(self, part: Sequence[int]) -> dict[int, Answer]:
+        """The unablated answers to some prompts by number, which are decoded, read, or known."""
 
         def compute() -> list[dict[str, Any]]:
-            with self.progress.track(f"{self.name}: unablated answers", 1):
-                token_ids, stop = self.asked.token_ids, self.judging.stop
-                answers = unablated_answers(self.engine, token_ids, self.decoding, stop, self._n_rows, self._halved)
+            token_ids, stop = [self.asked.token_ids[number] for number in part], self.judging.stop
+            answers = unablated_answers(self.engine, token_ids, self.decoding, stop, self._n_rows, self._halved)
             return [asdict(decoded) for decoded in answers]
 
-        name, fields = f"drafts-{self.name}", self._fields(None)
-        records = self.directory.records(name, fields, compute) if self.stores_completions else compute()
-        tuples = ("token_ids", "margins")
-        return tuple(Answer(**{**record, **{name: tuple(record[name]) for name in tuples}}) for record in records)
+        if self._decoded.keys().isdisjoint(part):
+            name, fields, tuples = f"drafts-{self.name}", self._fields(None, part), ("token_ids", "margins")
+            records = self.directory.records(name, fields, compute) if self.stores_completions else compute()
+            answers = (Answer(**{**record, **{name: tuple(record[name]) for name in tuples}}) for record in records)
+            self._decoded |= zip(part, answers, strict=True)
+        return {number: self._decoded[number] for number in part}
 
     @cached_property
     def _n_rows(self) -> int:
@@ -474,21 +515,25 @@ class KeptAnswers:
             for (number, _, _), judged in zip(placed, self.judging.judged(placed, surprises), strict=True)
         ]
 
-    def _fields(self, ablation: Ablation | None) -> dict[str, Any]:
-        """All that the answers depend on, groups and judges aside."""
+    def _fields(self, ablation: Ablation | None, part: Sequence[int] | None = None) -> dict[str, Any]:
+        """All that the answers depend on, groups and judges aside; of unablated ones, the prompts of their part."""
         # Judges matter only if they decide where an answer may end.
         early = self.judging.decides_early
         return {
             **self.about,
+            "prompts": part,
             "tokens": self.asked.sha256,
             "ablation": None if ablation is None else asdict(ablation),
             "decoding": asdict(self.decoding),
             "stops": [judge.describe() for judge in (*self.judging.judges, self.judging.rules)] if early else [],
         }
 
-    def _judged_fields(self, ablation: Ablation | None) -> dict[str, Any]:
+    def _words_fields(self, part: Sequence[int]) -> dict[str, Any]:
+        return self._fields(None, part) | {"by_words": [judge.describe() for judge in self.words]}
+
+    def _judged_fields(self, ablation: Ablation | None, part: Sequence[int] | None = None) -> dict[str, Any]:
         """All that judged answers depend on, groups aside."""
-        return self._fields(ablation) | {
+        return self._fields(ablation, part) | {
             "judges": [judge.describe() for judge in self.judging.judges],
             "rules": self.judging.rules.describe(),
             "surprise": self.measures_surprise,

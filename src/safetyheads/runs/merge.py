@@ -27,6 +27,8 @@ def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mix
         IncompleteError: units of the plan are in no directory.
     """
     runs = [RunDirectory.look(folder) for folder in [*[out] * (out / "manifest.json").exists(), *folders]]
+    if not folders:
+        raise InputError("name the directories to join")
     first = runs[0]
     differing = sorted({difference for run in runs[1:] for difference in _differences(first, run, mixed)})
     holders: dict[str, RunDirectory] = {}

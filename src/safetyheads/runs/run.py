@@ -247,6 +247,8 @@ class Run(Generic[Config]):
                 name, self._judging[name], decoding, self.directory, self.progress, *keeps
             )
             self._answers[name, sampling].limit = self.limit
+            if hasattr(self.config, "judges") and name.startswith("harmful"):
+                self._answers[name, sampling].words = judges_named(WORD_JUDGES)
         return self._answers[name, sampling]
 
     def forget(self) -> None:
@@ -330,8 +332,10 @@ class Run(Generic[Config]):
     def find_limit(self, samplings: Sequence[Sampling] = ()) -> dict[str, Any]:
         """The surprise above which answers are not coherent, from all unablated ones; it holds from here on."""
         keys = [(name, sampling) for name in self.asked for sampling in samplings or [self.decoding.sampling]]
-        self.directory.divide("unablated", dict(self.answers(*key).unablated_unit for key in keys))
-        unablated = self.directory.together(*(partial(self._unablated, *key) for key in keys))
+        units = [unit for key in keys for unit in self.answers(*key).unablated_units.items()]
+        self.directory.divide("unablated", dict(units))
+        costs = [float(len(self.asked[name])) for name, _ in keys]
+        unablated = self.directory.together(*(partial(self._unablated, *key) for key in keys), costs=costs)
         own = [
             record["surprise"]
             for answers in unablated
@@ -348,9 +352,8 @@ class Run(Generic[Config]):
     def _unablated(self, name: str, sampling: Sampling) -> GroupAnswers:
         """The unablated answers to a set, as rates are made of them; judges of words have labelled harmful ones."""
         answers = self.answers(name, sampling)
-        unablated = answers.vanilla()
-        if hasattr(self.config, "judges") and name.startswith("harmful"):
-            answers.by_words(judges_named(WORD_JUDGES))
+        unablated: GroupAnswers
+        unablated, _ = self.directory.together(answers.vanilla, answers.by_words)
         return unablated
 
     def openers(self, name: str, needs: bool = False, benign: str | None = None) -> tuple[Opener, ...]:
@@ -372,10 +375,9 @@ class Run(Generic[Config]):
         """How far both judges of words agree on the unablated answers to harmful prompts, as JSON; None without any."""
         judges = judges_named(WORD_JUDGES)
         verdicts: dict[str, list[Verdict]] = {judge.name: [] for judge in judges}
-        for (name, _), kept in self._answers.items():
-            if name.startswith("harmful"):
-                for judge, given in kept.by_words(judges).items():
-                    verdicts[judge] += given
+        for kept in self._answers.values():
+            for judge, given in kept.by_words().items():
+                verdicts[judge] += given
         if not next(iter(verdicts.values())):
             return None
         (pair,) = agreement(verdicts)

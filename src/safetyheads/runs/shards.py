@@ -10,6 +10,7 @@ import heapq
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TypeAlias
 
 from safetyheads.errors import InputError
@@ -39,8 +40,8 @@ class Shard:
         """Whether no other process is meant to work on the run."""
         self.part = "run" if count == 1 and index else f"shard-{index}-of-{count}"
         """What the process is called in the run directory."""
-        self.begins_with = 0
-        """Which of several tasks it begins with, by number."""
+        self.begins_with = 0.0
+        """Where it begins among several tasks, as a share of them."""
         self._owners: dict[str, int] = {}
 
     @classmethod
@@ -65,6 +66,10 @@ class Shard:
 
     def wrote(self, place: str) -> None:
         """Told that a file of a unit was written here."""
+
+    def within(self, _: Path) -> Shard:
+        """The same share of another run, one of several that this process carries out in directories of their own."""
+        return self
 
     def ends_waiting(self, missing: Iterable[str], seconds: float) -> bool:
         """Whether to end without the files of others that are missing, after seconds in which none appeared."""

@@ -21,6 +21,8 @@ from safetyheads.runs.compare import compare_runs, exit_code, quantities
 from safetyheads.runs.config import AuditConfig, Progress
 from safetyheads.runs.history import read_history
 from safetyheads.runs.reader import RunReader
+from safetyheads.runs.run import Prompts
+from safetyheads.runs.shards import Shard
 from safetyheads.runs.start import refuse_missing, settled
 
 AXES = {"models": "model", "prompts": "prompts", "ablations": "ablation"}
@@ -79,26 +81,33 @@ def _n_heads(config: AuditConfig) -> int:
 
 
 def carry_out_sweep(
-    audits: Mapping[Path, AuditConfig], load: Callable[[AuditConfig], Engine], progress: Progress, **how: Any
+    audits: Mapping[Path, AuditConfig],
+    load: Callable[[AuditConfig], Engine],
+    progress: Progress,
+    prompts: Mapping[Path, Prompts] | None = None,
+    shard: Shard | None = None,
+    **how: Any,
 ) -> tuple[dict[Path, dict[str, Any]], dict[Path, SafetyheadsError]]:
     """Results of every audit, and why others have none: one that fails stops no other.
 
-    A model is loaded once for all of its audits. ``how`` goes to :func:`safetyheads.runs.run.carry_out`.
+    A model is loaded once for all of its audits. By default ``prompts`` are read. ``how`` goes to
+    :func:`safetyheads.runs.run.carry_out`.
     """
-    prompts = {place: read_prompts(config) for place, config in audits.items()}
+    prompts = prompts or {place: read_prompts(config) for place, config in audits.items()}
     found: dict[Path, dict[str, Any]] = {}
     failed: dict[Path, SafetyheadsError] = {}
     loaded, engine = None, None
     for number, (place, config) in enumerate(audits.items(), start=1):
         progress.say(f"{number} of {len(audits)}: {place.name}")
-        lenders = [other for other in audits if other != place]
+        share = None if shard is None else shard.within(place)
+        here: dict[str, Any] = {"shard": share, "lenders": [other for other in audits if other != place]}
         try:
             if too_few := why_too_few(config, prompts[place]):
                 raise InputError(f"cannot say: {too_few}; --anyway goes on")
             if engine is None or loaded != (config.model, config.load_options):
                 engine = None  # freed before the next one is read
                 engine, loaded = load(config), (config.model, config.load_options)
-            found[place] = run_audit(engine, config, place, prompts[place], progress, lenders=lenders, **how)
+            found[place] = run_audit(engine, config, place, prompts[place], progress, **here, **how)
         except SafetyheadsError as error:
             failed[place] = error
     return found, failed
