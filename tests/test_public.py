@@ -9,6 +9,7 @@ import pytest
 import safetyheads
 from safetyheads import (
     UNDIFFERENTIATED_ATTENTION,
+    Ablation,
     Head,
     InputError,
     PromptSet,
@@ -21,6 +22,7 @@ from safetyheads import (
     scan_attack_success_rate,
     scorer_named,
     ships,
+    verify_hook,
 )
 
 
@@ -106,6 +108,7 @@ def test_texts_mean_what_the_values_mean(demo):
     exact = rank_heads(mean_ships(engine, prompts, UNDIFFERENTIATED_ATTENTION), group).values
     assert all(values.nan_to_num().equal(exact.nan_to_num()) for values in spelt)
     assert ships(engine, list(prompts.queries), "ua").values.equal(ships(engine, prompts, "ua").values)
+    assert mean_ships(engine, prompts, Ablation("ua"))(["1-3", [(2, 5)]]).equal(exact[[1, 2], [3, 5]])
     with engine.ablated("1-3", "sc") as model:
         assert model is engine.model
 
@@ -123,6 +126,15 @@ def test_texts_mean_what_the_values_mean(demo):
         (lambda engine, prompts: ships(engine, prompts, "ua")["9-9"], "head 9-9 is out of range"),
         (lambda engine, _: rank_heads("mean_ships", engine.heads), "a scorer is what mean_ships"),
         (lambda *_: PromptSet.from_queries(["a"], 7), "a template is a name"),
+        (lambda *_: ships("demo:aligned_a", ["a"], "ua"), "an engine is what Engine.load"),
+        (lambda engine, _: ships(engine, {"query": "a"}, "ua"), "prompts are a list of texts"),
+        (lambda *_: PromptSet("a"), "holds texts"),
+        (lambda engine, prompts: mean_ships(engine, prompts, "ua")("1-3"), "a list of groups"),
+        (lambda *_: safetyheads.read_run(None), "a run: not a name or a path"),
+        (lambda *_: safetyheads.judge_named(None), "a judge: not a name or a path"),
+        (lambda engine, _: verify_hook(engine.model, 3, "1-3"), "a hook is a context manager"),
+        (lambda engine, prompts: safetyheads.audit(engine, list(prompts.queries)), "prompts of a run: not a name"),
+        (lambda engine, _: safetyheads.scan(engine, "demo", judge="paper"), "did you mean judges"),
     ],
 )
 def test_anything_else_is_one_clear_line(demo, call, said):

@@ -55,11 +55,12 @@ class Ablation(Shown):
     """A kind of ablation and its strength."""
 
     name: str
-    """A key of :data:`ABLATION_KINDS`."""
+    """A key of :data:`ABLATION_KINDS`; one of :data:`ABLATION_ALIASES` becomes its own."""
     epsilon: float = 1e-5
     """Factor of the ``scale`` kinds (Eq 7, 8): 0 is the exact limit, 1 changes nothing. Mean kinds ignore it."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", ABLATION_ALIASES.get(self.name, self.name))
         if self.name not in ABLATION_KINDS:
             raise InputError(f"unknown ablation {self.name!r}; known are {KNOWN_ABLATIONS}")
         if not math.isfinite(self.epsilon) or self.epsilon < 0:
@@ -92,8 +93,7 @@ class Ablation(Shown):
             return text
         if not isinstance(text, str):
             raise InputError(f"an ablation is written ua or sc; got {text!r}")
-        name = text.strip().lower().replace("-", "_")
-        return cls(ABLATION_ALIASES.get(name, name), epsilon)
+        return cls(text.strip().lower().replace("-", "_"), epsilon)
 
 
 AnyAblation: TypeAlias = Ablation | str

@@ -1,5 +1,6 @@
 """The errors that users see, their texts in one line, and a limit of time for what others wrote and might never end."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -28,6 +29,13 @@ class ElsewhereError(IncompleteError):
 
 class UnsupportedModelError(InputError):
     """The method would not be exact on this checkpoint; the message says why."""
+
+
+def as_path(given: object, what: str) -> str:
+    """A name or a path as a text; an InputError for anything else."""
+    if isinstance(given, str | os.PathLike):
+        return str(os.fspath(given))
+    raise InputError(f"{what}: not a name or a path, but {shorten(repr(given), 60)}")
 
 
 def first_line(error: BaseException) -> str:

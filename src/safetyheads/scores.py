@@ -11,7 +11,7 @@ from torch import Tensor
 
 from safetyheads.display import Shown, Table, chart
 from safetyheads.errors import InputError
-from safetyheads.heads import Group, Head, format_heads, within
+from safetyheads.heads import Group, Head, format_heads, parse_heads, within
 
 if TYPE_CHECKING:
     from safetyheads.display import Chart
@@ -40,8 +40,10 @@ class FunctionScorer(Shown):
     """Scores this close are ties: rounding and batch shapes alone can move them so far."""
 
     def __call__(self, groups: Sequence[Group]) -> Tensor:
-        """Scores [len(groups)], float64."""
-        return self.score(groups)
+        """Scores [len(groups)], float64; an InputError where a group is written in a way that heads are not."""
+        if isinstance(groups, str):
+            raise InputError(f"a scorer takes a list of groups, such as [{groups!r}]")
+        return self.score([parse_heads(group) for group in groups])
 
 
 @dataclass(frozen=True, slots=True, repr=False)

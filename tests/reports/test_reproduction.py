@@ -115,4 +115,4 @@ def test_other_commands_refuse_it_in_a_line(run: Any, tmp_path: Path) -> None:
         code, _, error = run(*command)
         assert code == 2
         assert error.count("\n") == 1
-        assert "kind 'reproduction'" in error
+        assert "reproduction" in error

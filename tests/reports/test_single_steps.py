@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from report_pages import Page, check_closed, check_tables
 
+from safetyheads import InputError, compare, read_run
 from safetyheads.demo import load_demo
 from safetyheads.reports.write import write_report
 from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
@@ -37,6 +38,15 @@ def test_a_page_of_rates_holds_answers_only_where_they_are_asked_for(runs: Path)
     assert texts & {text for of in found["texts"].values() for text in of["harmful"].values()}
     assert "texts" not in json.loads(Page(plain).scripts["answers-data"])
     assert not any(text in plain for text in texts)
+
+
+def test_a_finished_step_is_read_as_a_table(runs: Path) -> None:
+    read = {kind: read_run(runs / kind) for kind in ("asr", "ships", "sahara")}
+    assert [row["heads"] for row in read["asr"].to_rows()] == ["none", "1-3, 2-5", "1-3", "each prompt's top 1"]
+    assert {run.metrics()["n"] for run in read.values()} == {12}
+    assert [row["chosen"] for row in read["sahara"].to_frame().to_dict("records")] == read["sahara"].results["group"]
+    with pytest.raises(InputError, match="is a run of ships; audits and scans"):
+        compare(runs / "ships", runs / "ships")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation, AnyAblati
 from safetyheads.display import Shown
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import AnyHeads, Group, within
-from safetyheads.model.engine import Engine
+from safetyheads.model.engine import Engine, ask
 from safetyheads.model.planning import allowed_memory, halving, left_padded
 from safetyheads.prompts.asked import AnyPrompts
 
@@ -149,7 +149,7 @@ def generate(
     sampling: Sampling = GREEDY,
 ) -> tuple[Answer, ...]:
     """Decode an answer to each prompt, prompt i with ``groups[i]`` ablated; unablated by default."""
-    encoded = engine.ask(prompts).token_ids
+    encoded = ask(engine, prompts).token_ids
     groups = [()] * len(encoded) if groups is None else groups
     if len(groups) != len(encoded):
         raise InputError(f"{len(groups)} groups for {len(encoded)} prompts; each prompt needs its own")

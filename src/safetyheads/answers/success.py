@@ -21,7 +21,7 @@ from safetyheads.display import Table, chart, rate_row
 from safetyheads.errors import InputError
 from safetyheads.heads import AnyHeads, Group, format_heads, parse_heads, within
 from safetyheads.judges.base import leaves_refusal_open
-from safetyheads.model.engine import Engine
+from safetyheads.model.engine import Engine, ask
 from safetyheads.prompts.asked import AnyPrompts
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import Interval, Rate
@@ -109,7 +109,7 @@ def attack_success_rate(
 
     Of several judges the first leads. Without one, ``phrases`` judges a model that has a chat template, else ``paper``.
     """
-    asked = engine.ask(prompts)
+    asked = ask(engine, prompts)
     groups = (within(heads, engine.n_layers, engine.n_heads),) * len(asked)
     return query_level_attack_success_rate(engine, asked, groups, ablation, judge, max_new_tokens, sampling)
 
@@ -149,7 +149,7 @@ def answers_under(
     ``columns`` [n_columns][n_prompts] holds a group for each prompt; the answers [n_columns][n_prompts] are in the same
     order.
     """
-    prompts = engine.ask(prompts)
+    prompts = ask(engine, prompts)
     n = len(prompts)
     for groups in columns:
         if len(groups) != n:
@@ -227,9 +227,10 @@ def scan_attack_success_rate(
     """
     if isinstance(groups, str):
         raise InputError(f"a scan takes a list of groups, such as [{groups!r}]")
+    prompts = ask(engine, prompts)
     listed = [(head,) for head in engine.heads] if groups is None else groups
     chosen = [within(group, engine.n_layers, engine.n_heads) for group in listed]
-    ablation, decoding, prompts = Ablation.parse(ablation), decoding or Decoding(), engine.ask(prompts)
+    ablation, decoding = Ablation.parse(ablation), decoding or Decoding()
     n = len(prompts)
     judging = Judging(engine, prompts, judge, decoding.max_new_tokens, decoding.full_answers)
     drafts = VerifiedDrafts(engine, judging.asked.token_ids, ablation, decoding, judging.stop)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from safetyheads.cli.show import progress_for
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, as_path
 from safetyheads.model.engine import Engine
 from safetyheads.reports.write import write_report
 from safetyheads.runs.audit import run_audit
@@ -16,7 +17,7 @@ from safetyheads.runs.compare import Comparison, compare_runs
 from safetyheads.runs.config import AuditConfig, ScanConfig, preset_settings
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import run_scan
-from safetyheads.runs.reader import RunReader
+from safetyheads.runs.reader import FinishedRun, RunReader
 from safetyheads.runs.start import load_engine, settled
 
 AnyPath = str | os.PathLike[str]
@@ -56,12 +57,13 @@ def scan(
 
 def compare(run_a: AnyPath, run_b: AnyPath) -> Comparison:
     """What changed between two finished runs, before and after; an InputError where they are not of one kind."""
-    return compare_runs(read_run(run_a), read_run(run_b))
+    return compare_runs(RunReader(Path(as_path(run_a, "a run"))), RunReader(Path(as_path(run_b, "a run"))))
 
 
-def read_run(path: AnyPath) -> RunReader:
-    """A finished audit or scan: its results, scores, rates and charts. Loads no model."""
-    return RunReader(Path(path))
+def read_run(path: AnyPath) -> RunReader | FinishedRun:
+    """A finished run: its results and table; of an audit or scan its scores, answers and charts too. Loads no model."""
+    run = FinishedRun(Path(as_path(path, "a run")))
+    return RunReader(run.path) if run.kind in ("audit", "scan") else run
 
 
 def _finished(
@@ -74,13 +76,15 @@ def _finished(
     quiet: bool,
     settings: dict[str, Any],
 ) -> RunReader:
-    if unknown := settings.keys() - config_of.__dataclass_fields__.keys():
-        raise InputError(f"{kind} has no setting {min(unknown)!r}; {config_of.__name__} lists them")
-    name = model.name if isinstance(model, Engine) else model
-    given = config_of(name, os.fspath(prompts), **settings)
+    known = config_of.__dataclass_fields__
+    if unknown := settings.keys() - known.keys():
+        near = "".join(f"; did you mean {name}?" for name in get_close_matches(min(unknown), known, 1))
+        raise InputError(f"{kind} has no setting {min(unknown)!r}{near or f'; {config_of.__name__} lists them'}")
+    name = model.name if isinstance(model, Engine) else as_path(model, "a model")
+    given = config_of(name, as_path(prompts, "prompts of a run"), **settings)
     config, folder = settled(given, None if out is None else Path(out), kind)
     progress = progress_for(quiet)
     engine = model if isinstance(model, Engine) else load_engine(config, progress)
     run(engine, config, folder, progress=progress)
     write_report(RunDirectory.open(folder))
-    return read_run(folder)
+    return RunReader(folder)

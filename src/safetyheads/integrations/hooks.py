@@ -161,7 +161,7 @@ def _seen_under(hook: Install, engine: Engine) -> dict[int, tuple[Any, Mapping[s
     generator = torch.Generator().manual_seed(_SEED)
     tokens = torch.randint(engine.architecture.vocabulary_size, (_ROWS, n_tokens), generator=generator)
     with ExitStack() as stack:
-        installed = hook if isinstance(hook, AbstractContextManager) else hook()
+        installed = hook if isinstance(hook, AbstractContextManager) or not callable(hook) else hook()
         if isinstance(installed, AbstractContextManager):
             stack.enter_context(installed)
         else:

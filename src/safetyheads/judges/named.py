@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, as_path
 from safetyheads.judges.base import Judge
 from safetyheads.judges.formats import MODEL_JUDGES
 from safetyheads.judges.function import judge_from_path
@@ -48,6 +48,7 @@ def judge_named(spec: str, device: str = "cpu", tokens: int | None = None) -> Ju
 
     ``tokens`` is what a judge that writes its verdict may write, thinking included; None is the judge's own number.
     """
+    spec = as_path(spec, "a judge")
     form, _, argument = spec.partition(":")
     name, equals, checkpoint = spec.partition("=")
     if spec in JUDGES:

@@ -22,11 +22,11 @@ from safetyheads.measures.head_pass import FORECASTS, HeadPass, Readouts, Score,
 from safetyheads.measures.sahara import score_heads
 from safetyheads.measures.screening import Extent, Missed, Proposal, missed, propose, screen
 from safetyheads.measures.subspace import Space
+from safetyheads.model.engine import Engine, ask
 from safetyheads.model.planning import TokenSequence
 from safetyheads.scores import FunctionScorer, HeadScores
 
 if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
     from safetyheads.prompts.asked import AnyPrompts
 
 OPENER_TOKENS = 32
@@ -120,7 +120,7 @@ def scorer_named(
     if score.has_positions:
         sequences = answer_sequences(engine, prompts, score.positions)
     else:
-        sequences = tuple(TokenSequence(token_ids) for token_ids in engine.ask(prompts).token_ids)
+        sequences = tuple(TokenSequence(token_ids) for token_ids in ask(engine, prompts).token_ids)
     if score.name not in FORECASTS:
         return scorer_of(HeadPass(engine, sequences, ablation, score.readouts(tokens)), score, on_groups)
 
@@ -237,7 +237,7 @@ def answer_sequences(engine: Engine, prompts: AnyPrompts, positions: int) -> tup
     """The prompts, each with the first ``positions - 1`` tokens of its unablated answer; warns of a blank first."""
     if positions < 1:
         raise InputError(f"positions counts answer tokens and is at least 1; got {positions}")
-    encoded = engine.ask(prompts).token_ids
+    encoded = ask(engine, prompts).token_ids
     answers = [answer.token_ids for answer in generate(engine, prompts, max_new_tokens=positions)]
     first_tokens = Counter(answer[0] for answer in answers if answer)
     if positions == 1 and first_tokens:

@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_modules
 
 from safetyheads.ablation import Ablation, AnyAblation
 from safetyheads.display import Shown
-from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.errors import InputError, SafetyheadsError, as_path, shorten
 from safetyheads.heads import AnyHeads, Group, Head, common_heads, parse_heads, within
 from safetyheads.model import planning
 from safetyheads.model.architecture import Architecture, Capabilities, describe, input_device
@@ -115,6 +115,7 @@ class Engine(Shown):
         """
         from safetyheads.model.loading import load_model, use_our_attention
 
+        path = as_path(path, "a model")
         model, tokenizer, adapter, budget = load_model(path, replace(options or LoadOptions(), **settings))
         engine = cls(model, tokenizer, path, adapter=adapter, memory_budget=budget)
         if check:
@@ -469,6 +470,13 @@ _FACTS = (
 _ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters")
 # Hooks of these are part of how a model or a method works, and are taken off by who put them on.
 _KNOWN_HOOKS = ("safetyheads.", "transformers.", "accelerate.", "peft.", "torch.utils.")
+
+
+def ask(engine: Engine, prompts: AnyPrompts) -> AskedPrompts:
+    """:meth:`Engine.ask`; an InputError for what is no engine, such as a model's name."""
+    if not isinstance(engine, Engine):
+        raise InputError(f"an engine is what Engine.load(...) or Engine.wrap(...) gives; got {shorten(repr(engine))}")
+    return engine.ask(prompts)
 
 
 def state_of(model: nn.Module) -> State:

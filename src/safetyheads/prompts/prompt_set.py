@@ -9,12 +9,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from safetyheads.display import Shown, Table
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, as_path
 from safetyheads.prompts.files import KNOWN_BENCHMARKS, Columns, Turns, download, last_turn, read_benchmark, read_rows
 from safetyheads.prompts.templates import Template
 
@@ -80,6 +81,8 @@ class PromptSet(Table):
     def __post_init__(self) -> None:
         if not self.prompts:
             raise InputError(f"{self.name} holds no prompts")
+        if not all(isinstance(prompt, Prompt) for prompt in self.prompts):
+            raise InputError(f"{self.name} holds texts; PromptSet.from_queries([...]) makes prompts of them")
 
     @classmethod
     def from_queries(
@@ -91,7 +94,9 @@ class PromptSet(Table):
         name: str = "prompts",
     ) -> PromptSet:
         """Prompts from memory; an InputError where there is none, a blank one, or a bad template."""
-        if isinstance(queries, str) or not isinstance(queries, Iterable):
+        # A mapping would give its keys alone, a table the names of its columns.
+        is_list = isinstance(queries, Iterable) and getattr(queries, "ndim", 1) == 1
+        if not is_list or isinstance(queries, str | bytes | Mapping):
             raise InputError(f"prompts are a list of texts, or PromptSet.read(file); got {str(queries)[:60]!r}")
         prompts = tuple(map(_as_prompt, queries))
         return cls(prompts, _as_template(template, system), name)
@@ -128,6 +133,7 @@ class PromptSet(Table):
         Raises:
             InputError: no such file or name, a file that cannot be read, no network, or a bad template.
         """
+        path_or_known_name = as_path(path_or_known_name, "prompts")
         chosen = _as_template(template, system)
         wanted = Columns(column, context_column, category_column, reference_column)
         if limit is not None and limit < 1:
@@ -149,8 +155,9 @@ class PromptSet(Table):
             shown, source = name, KNOWN_BENCHMARKS[name].url
             file, warning = download(name, wanted)
         else:
-            names = ", ".join([*KNOWN_BENCHMARKS, "benign"])
-            raise InputError(f"no prompt file {name}; known names are {names}")
+            names = [*KNOWN_BENCHMARKS, "benign"]
+            near = "".join(f"did you mean {close}? " for close in get_close_matches(name, names, 1))
+            raise InputError(f"no prompt file {name}; {near}known names are {', '.join(names)}")
         notes = () if file.note is None else (f"{shown}: {file.note}",)
         prompts, whence = tuple(Prompt(*row) for row in file.rows), (shown, source, file.sha256, file.dropped)
         return cls(prompts, chosen, *whence, file.columns, warning, notes).sample(limit, seed)

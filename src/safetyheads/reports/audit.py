@@ -57,7 +57,7 @@ def render_audit(
     verdict, behaviour, model = results["verdict"], results["behaviour"], results["model"]
     own = (group for group in behaviour["groups"] if group["scorer"] == verdict["scorer"])
     group = next((group for group in own if set(group["heads"]) == set(verdict["heads"])), None)
-    ranked = (results.get("stability") or {"heads": ()})["heads"]
+    stability = results.get("stability") or {"heads": (), "n": 0}
     places = [(i, j) for i in range(model["n_layers"]) for j in range(model["n_heads"])]
     content: dict[str, Any] = {
         "results": results,
@@ -75,7 +75,10 @@ def render_audit(
         "reasons": list(_reasons(results, group)),
         "n_unranked": sum(value <= 0 for _, value in _ranked(results)),
         "stability": results.get("stability"),
-        "ranks": {head["head"]: Cell(str(head["rank"]), interval(head["interval"], str)) for head in ranked},
+        "ranks": {
+            head["head"]: Cell(str(head["rank"]), interval(head["interval"], str), f"n {stability['n']}")
+            for head in stability["heads"]
+        },
         "n_lead": 2 + sum(of["scorer"] == verdict["scorer"] for of in behaviour["groups"]),
         "headline": headline(results),
         "show_texts": show_texts,

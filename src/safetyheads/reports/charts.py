@@ -471,6 +471,7 @@ def heat(
     kind: Literal["sqrt", "linear"] = "sqrt" if roots else "linear"
     scale = alt.Scale(type=kind, domain=domain, range=[*colours], clamp=True, interpolate="lab")
     strip: dict[str, Any] = {"orient": "top", "direction": "horizontal", "gradientLength": 180, "gradientThickness": 8}
+    strip["titleLimit"] = 300
     named = titled(f"{title}, square-root scale" if roots else title)
     return alt.Color(f"{field}:Q", scale=scale, legend=alt.Legend(title=named, format=".2~g", values=labels, **strip))
 
@@ -516,10 +517,13 @@ def head_map(
         diamond: dict[str, Any] = {"shape": "diamond", "filled": True, "size": 4 * cell, "color": "--ink", "opacity": 1}
         diamond |= {"stroke": "--paper", "strokeWidth": 1, **mark}
         layers.append(base.transform_filter("datum.planted").mark_point(**diamond))
-    drawn = spec(layers, rows, cell * n_layers, description, most=60 + 48 * n_heads if rows else None)
-    if "facet" not in drawn:
-        # The page's script makes tiles smaller where there is less room, and keeps them square.
-        drawn["width"], drawn["usermeta"]["square"] = cell * n_heads, [n_layers, n_heads, cell]
+    drawn = spec(layers, rows, cell * n_layers, description)
+    # The page's script makes tiles smaller where there is less room, and keeps them square.
+    drawn["usermeta"]["square"] = [n_layers, n_heads, cell]
+    if "facet" in drawn:
+        drawn["spec"]["height"] = LEAST_WIDTH * n_layers // n_heads
+    else:
+        drawn["width"] = cell * n_heads
     return drawn
 
 

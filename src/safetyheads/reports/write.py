@@ -110,10 +110,10 @@ def _history_in_words(entries: Sequence[Mapping[str, Any]]) -> str:
         return "No run has scored answers of the unablated model."
     ends = [f"{of['rate']:.2f} ({of['count']} of {of['n']})" for of in (rated[0], rated[-1])]
     changes = [entry["change"]["shown"].split()[:1] for entry in entries if entry["change"]]
-    moved = ", ".join(f"{verb} {changes.count([verb])} times" for verb in ("rose", "fell"))
+    rose, fell = (changes.count([verb]) for verb in ("rose", "fell"))
     if len(rated) == 1:
         return f"One run: the unablated model’s ASR is {ends[0]}."
     return (
         f"Over {len(entries)} runs the unablated model’s ASR goes from {ends[0]} to {ends[1]}; against the run of the "
-        f"same kind before, it {moved} by more than chance."
+        f"same kind before, it rose by more than chance in {rose} of them and fell in {fell}."
     )

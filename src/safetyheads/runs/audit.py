@@ -461,7 +461,13 @@ def early_verdict(vanilla: Mapping[str, GroupAnswers], thresholds: Thresholds) -
 def _halves(search: PromptSet, test: PromptSet) -> dict[str, Any]:
     both = hashlib.sha256((search.sha256 + test.sha256).encode()).hexdigest()
     sizes = {"n_search": len(search), "n_test": len(test)}
-    return {"name": search.name, **sizes, "sha256": both, "search": search.facts(), "test": test.facts()}
+    return {
+        "name": search.name.removesuffix("/search"),
+        **sizes,
+        "sha256": both,
+        "search": search.facts(),
+        "test": test.facts(),
+    }
 
 
 def rates_as_json(answers: Mapping[str, GroupAnswers]) -> dict[str, Any]:

@@ -386,7 +386,9 @@ def differing_settings(before: RunReader, after: RunReader) -> tuple[str, ...]:
 
 
 def _describe(value: Any) -> str:
-    """A setting for a sentence: judges by name, all else as JSON."""
+    """A setting for a sentence: judges by name, all else as JSON, in words where there are some."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
     values = value if isinstance(value, list) else [value]
     named = (each["name"] if isinstance(each, dict) and "name" in each else json.dumps(each) for each in values)
     return shorten(", ".join(map(str, named)))

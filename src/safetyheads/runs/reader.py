@@ -49,11 +49,59 @@ OUTCOMES: dict[str, Callable[[GroupAnswers], FloatArray]] = {
 _STAGES = {"audit": "*_test", "scan": "vanilla-*"}
 
 
-class RunReader(Table):
+class FinishedRun(Table):
+    """A finished run of any kind.
+
+    Attributes:
+        kind: the command that made it, such as ``asr``.
+        model: its model's name.
+        config: its settings.
+        results: what ``results.json`` holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the manifest and the results.
+
+        Raises:
+            InputError: no run is there, it has not finished, or its results are of another version.
+        """
+        self.path, self.directory = path, RunDirectory.open(path)
+        self.config, self.results = self.directory.manifest.config, self.directory.read_results()
+        self.kind, version = str(self.results.get("kind")), self.results.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise InputError(f"{path} holds results of schema {version!r}; what is read is schema {SCHEMA_VERSION}")
+        self.model: str = _value_at(self.results, "model.name") or ""
+
+    def _facts(self) -> dict[str, object]:
+        return {"kind": self.kind, "model": self.model}
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """A row for each group of ``asr``, head of ``ships``, step of ``sahara``, or metric of ``eval``."""
+        field = {"asr": "rates", "ships": "heads", "sahara": "steps", "eval": "metrics"}.get(self.kind)
+        if field is None:
+            raise InputError(f"a run of {self.kind} is no table; .results has its numbers")
+        return [
+            {name: value for name, value in leaves(entry) if not name.startswith("reasons.")}
+            for entry in self.results[field]
+        ]
+
+    def metrics(self) -> dict[str, float]:
+        """The results' numbers by dotted name, without the tables of scores and reasons: ``wandb.log(run.metrics())``.
+
+        Names hold nothing that trackers of experiments refuse.
+        """
+        told = ((name, value) for name, value in leaves(self.results) if isinstance(value, int | float))
+        return {
+            re.sub(r"[^\w./ -]", "_", name)[:_LONGEST_NAME]: float(value)
+            for name, value in told
+            if not isinstance(value, bool) and not name.startswith("scores.") and "reasons." not in name
+        }
+
+
+class RunReader(FinishedRun):
     """A finished audit or scan.
 
     Attributes:
-        kind: ``audit`` or ``scan``.
         shape: layers, and heads in each.
         started: when it was first started, UTC; None where nothing says.
         verdict: the verdict's label; a scan has none.
@@ -68,23 +116,13 @@ class RunReader(Table):
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the manifest and the results.
-
-        Raises:
-            InputError: no run is there, it has not finished, or its results are of another kind or version.
-        """
-        directory = RunDirectory.open(path)
-        results = directory.read_results()
-        kind, version = results.get("kind"), results.get("schema_version")
-        if kind not in _ASR or version != SCHEMA_VERSION:
-            raise InputError(
-                f"{path} holds results of kind {kind!r}, schema {version!r}; "
-                f"what is read are audits and scans of schema {SCHEMA_VERSION}"
-            )
-        self.path, self.kind, self.directory = path, kind, directory
-        self.config, self.results = directory.manifest.config, results
+        """Read the manifest and the results; an InputError where they are of another kind too."""
+        super().__init__(path)
+        kind, results = self.kind, self.results
+        if kind not in _ASR:
+            raise InputError(f"{path} is a run of {kind}; audits and scans are what is compared")
         with as_damaged(path / "results.json"):
-            starts, self.model = directory.read_starts(), str(results["model"]["name"])
+            starts = self.directory.read_starts()
             self.started = datetime.fromisoformat(starts[0]["started"]).astimezone(UTC) if starts else None
             self.shape: tuple[int, int] = (results["model"]["n_layers"], results["model"]["n_heads"])
             self.vanilla_asr: RateRecord = _value_at(results, _ASR[kind])
@@ -112,12 +150,7 @@ class RunReader(Table):
 
     def _facts(self) -> dict[str, object]:
         heads = ", ".join(self.lead_heads) or "none"
-        return {
-            "kind": self.kind,
-            "model": self.model,
-            "verdict": self.verdict or "a scan has none",
-            "lead_heads": heads,
-        }
+        return super()._facts() | {"verdict": self.verdict or "a scan has none", "lead_heads": heads}
 
     @property
     def scores(self) -> dict[str, HeadScores]:
@@ -142,18 +175,6 @@ class RunReader(Table):
             found_by = group["scorer"] if self.kind == "audit" else "single heads"
             rows.append({"heads": ",".join(heads), "found_by": found_by, "size": len(heads), **rate_row(group["asr"])})
         return rows
-
-    def metrics(self) -> dict[str, float]:
-        """The results' numbers by dotted name, without the tables of scores and reasons: ``wandb.log(run.metrics())``.
-
-        Names hold nothing that trackers of experiments refuse.
-        """
-        told = ((name, value) for name, value in leaves(self.results) if isinstance(value, int | float))
-        return {
-            re.sub(r"[^\w./ -]", "_", name)[:_LONGEST_NAME]: float(value)
-            for name, value in told
-            if not isinstance(value, bool) and not name.startswith("scores.") and "reasons." not in name
-        }
 
     def answers(self) -> list[dict[str, Any]]:
         """A row for each stored answer of the test prompts, without its text."""

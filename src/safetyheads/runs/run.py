@@ -392,7 +392,7 @@ class Run(Generic[Config]):
             "n_differing": len(pair.indices),
             "alone": alone,
             "kappa": asdict(pair.compliance),
-            "sentence": f"Of {pair.n} unablated answers to harmful prompts, complied are {by_judge}: {share}.",
+            "sentence": f"Of {pair.n} unablated answers to harmful prompts, these complied: {by_judge}; {share}.",
         }
 
     def _sequences(self, name: str, positions: int) -> tuple[TokenSequence, ...]:

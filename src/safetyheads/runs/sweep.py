@@ -18,7 +18,7 @@ from safetyheads.model.loading import read_config
 from safetyheads.model.names import find_model
 from safetyheads.runs.audit import read_prompts, run_audit, why_too_few
 from safetyheads.runs.compare import compare_runs, exit_code, quantities
-from safetyheads.runs.config import AuditConfig, Progress
+from safetyheads.runs.config import AuditConfig, Progress, preset_settings
 from safetyheads.runs.history import read_history
 from safetyheads.runs.reader import RunReader
 from safetyheads.runs.run import Prompts
@@ -36,6 +36,8 @@ def read_sweep(path: Path) -> dict[str, Any]:
     """A sweep's file: the axes, each a list of names or of tables of settings that go together; settings of audits."""
     settings = read_toml(path)
     for axis in AXES.keys() & settings.keys():
+        if isinstance(settings[axis], str):
+            settings[axis] = [settings[axis]]
         if not isinstance(settings[axis], list) or not all(isinstance(each, str | dict) for each in settings[axis]):
             raise InputError(f"{path}: {axis} is a list of names, or of tables of settings")
     return settings
@@ -51,6 +53,7 @@ def audits_of(settings: Mapping[str, Any], out: Path) -> dict[Path, AuditConfig]
         given: dict[str, Any] = {name: value for name, value in settings.items() if name not in AXES}
         for name, value in zip(AXES.values(), combination, strict=True):
             given |= {name: value} if isinstance(value, str) else value
+        given = preset_settings(given.pop("preset", "standard")) | given
         if unknown := given.keys() - {each.name for each in fields(AuditConfig)}:
             raise InputError(f"an audit has no setting {min(unknown)!r}")
         if lacking := {"model", "prompts"} - given.keys():

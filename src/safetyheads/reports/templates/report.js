@@ -94,20 +94,22 @@
       // Interprets expressions instead of compiling them, so that the page's policy can forbid eval.
       ast: true, tooltip: { theme: "none" },
     };
-    if (square) {
+    if (square && panels < 2) {
       // Tiles stay square: as large as the figure wants them, or as there is room for.
       const [layers, index, largest] = square;
       const cell = Math.max(3, Math.min(largest, Math.floor((width - 64) / index)));
       Object.assign(full, { width: cell * index, height: cell * layers });
     }
-    wrapTitles((full.spec ?? full).layer, square ? Math.max(full.width, 240) : width / across);
+    wrapTitles((full.spec ?? full).layer, square && panels < 2 ? Math.max(full.width, 240) : width / across);
     try {
       const result = await window.vegaEmbed(place, full, options);
       if (panels > 1) {
         // What axes and labels take is known only once they are drawn.
         const spare = width - Number(place.querySelector("svg").getAttribute("width"));
         const inner = result.view.signal("child_width") + Math.floor(spare / across);
-        await result.view.signal("child_width", Math.min(inner, most ?? inner)).resize().runAsync();
+        const panel = Math.min(inner, square ? square[1] * square[2] : most ?? inner);
+        if (square) result.view.signal("child_height", panel * square[0] / square[1]);
+        await result.view.signal("child_width", panel).resize().runAsync();
       }
       result.view.addEventListener("click", (_, item) => {
         if (item?.datum?.head) document.dispatchEvent(new CustomEvent("head-chosen", { detail: item.datum.head }));
