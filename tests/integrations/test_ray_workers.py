@@ -28,6 +28,8 @@ from safetyheads.integrations.ray_workers import (
     carry_out_by_workers,
     sweep_by_workers,
 )
+from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
+from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.measures.head_pass import HeadPass
 from safetyheads.runs.config import AsrConfig, ShipsConfig, Silent
 from safetyheads.runs.directory import RunDirectory, records_place
@@ -191,7 +193,7 @@ def test_workers_of_one_directory_compute_each_unit_once(one, tmp_path):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--workers", "2"], "--workers and --gpus-per-worker belong to --ray"),
+        (["--workers", "2"], "--workers, --gpus-per-worker and --judge-workers belong to --ray"),
         (["--ray", "local", "--shard", "1/2"], "--ray and --shard exclude each other"),
         (["--ray", "local", "--workers", "0"], "--workers is at least 1"),
         (["--ray", "local", "--gpus-per-worker", "1"], "--gpus-per-worker belongs to --device cuda"),
@@ -264,6 +266,40 @@ def test_batches_that_do_not_fit_are_halved_as_in_one_process(ray, tmp_path, mon
     # The batch of each of four layers did not fit, and has two halves.
     assert len([place for place in one if place.startswith("shards/")]) == 4 + 8
     assert bytes_of(tmp_path / "ray") == one
+
+
+class Far(Judge):
+    """Tells in which process it judges; loads a model, as ``look`` says."""
+
+    name = "far"
+
+    def look(self):
+        """Nothing is there to look at."""
+
+    def __call__(self, completions):
+        if completions[0].text == "broken":
+            raise InputError("the judge cannot be loaded")
+        return (Verdict("safe", f"{os.getpid()}"),) * len(completions)
+
+    def describe(self):
+        return {"judge": "far"}
+
+
+def judged(engine, config, out, text, progress, command, shard):
+    (far, near), completion = shard.asked([Far(), PhraseJudge()]), Completion("", text, (), True, 1)
+    (verdict,) = verdicts_of(far, [completion])
+    return {"here": os.getpid(), "there": int(verdict.reason), "told": far.describe(), "near": near.name}
+
+
+def test_judge_models_are_held_beside_the_workers(ray, tmp_path):
+    arguments = CONFIG, tmp_path, "an answer", Silent(), (), "local", 2, 0.0
+    told = carry_out_by_workers(judged, *arguments, n_juries=1, load=no_engine)
+    assert told["here"] != told["there"]
+    assert (told["told"], told["near"]) == ({"judge": "far"}, "phrases")
+    told = carry_out_by_workers(judged, *arguments, load=no_engine)
+    assert told["here"] == told["there"]
+    with pytest.raises(InputError, match=r"^the judge cannot be loaded$"):
+        carry_out_by_workers(judged, CONFIG, tmp_path, "broken", *arguments[3:], n_juries=1, load=no_engine)
 
 
 def test_workers_share_the_audits_of_a_sweep_and_one_that_fails_stops_no_other(ray, tmp_path):

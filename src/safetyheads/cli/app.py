@@ -180,7 +180,7 @@ def sweep(
     else:
         from safetyheads.integrations.ray_workers import sweep_by_workers
 
-        at = options.ray, options.workers, options.gpus_per_worker
+        at = options.ray, options.workers, options.gpus_per_worker, options.judge_workers
         costs, failed = sweep_by_workers(audits, progress, sys.argv, *at)
     for place, error in failed.items():
         show.print_error(f"error: {place.name}: {error}")
@@ -283,7 +283,8 @@ def _run(
     else:
         from safetyheads.integrations.ray_workers import carry_out_by_workers
 
-        results = carry_out_by_workers(run, *given, where.ray, where.workers, where.gpus_per_worker)
+        at = where.ray, where.workers, where.gpus_per_worker, where.judge_workers
+        results = carry_out_by_workers(run, *given, *at)
     if results.get("dry_run"):
         _show(results, output)
     else:

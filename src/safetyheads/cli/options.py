@@ -83,6 +83,9 @@ class RunOptions(DirectoryOptions):
     """Workers under Ray, a model each. Default: as many as have room."""
     gpus_per_worker: float = 0.0
     """GPUs of each worker under Ray; half a one needs --memory."""
+    judge_workers: int = 0
+    """Processes under Ray that hold the judge models, each with the GPUs of a worker unless --judge-device is cpu.
+    Default: each worker holds its own."""
     machine: str | None = None
     """As --dry-run, counted for a machine by name, from the model's config and tokenizer alone: H100, 2xH100 for a
     model over two, or H100@410 for 410 TFLOP/s that were measured."""
@@ -101,12 +104,12 @@ class RunOptions(DirectoryOptions):
         """Which units are computed."""
         if self.wait and self.shard is None:
             raise InputError("--wait belongs to --shard")
-        if self.ray is None and (self.workers is not None or self.gpus_per_worker):
-            raise InputError("--workers and --gpus-per-worker belong to --ray")
+        if self.ray is None and (self.workers is not None or self.gpus_per_worker or self.judge_workers):
+            raise InputError("--workers, --gpus-per-worker and --judge-workers belong to --ray")
         if self.ray is not None and self.shard is not None:
             raise InputError("--ray and --shard exclude each other")
-        if (self.workers is not None and self.workers < 1) or self.gpus_per_worker < 0:
-            raise InputError("--workers is at least 1, and --gpus-per-worker not below 0")
+        if (self.workers is not None and self.workers < 1) or min(self.gpus_per_worker, self.judge_workers) < 0:
+            raise InputError("--workers is at least 1, and --gpus-per-worker and --judge-workers not below 0")
         return Shard.parse(self.shard, self.wait)
 
 

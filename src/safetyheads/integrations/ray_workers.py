@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import psutil
 
 from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError, one_line, shorten
+from safetyheads.files import canonical_json
+from safetyheads.judges.base import Completion, Judge, Verdict
 from safetyheads.runs.audit import read_prompts
 from safetyheads.runs.config import AuditConfig, ModelOptions, Progress, Silent
 from safetyheads.runs.directory import stage_of
@@ -116,12 +118,20 @@ class ClaimingShard(Shard):
         self._units: dict[str, tuple[str, ...]] = {}
         self._mine, self._given_up = set[str](), set[str]()
         self._seen: dict[str, float] = {}
+        self.jury: Any = None
+        """The actor that holds judge models for this worker; None where it holds its own."""
 
     def within(self, folder: Path) -> ClaimingShard:
         """Shares of another run: its units have files of the same names."""
         shard = ClaimingShard(self.part, folder, self._ask, self._tell, f"{folder.name}: ")
-        shard.begins_with = self.begins_with
+        shard.begins_with, shard.jury = self.begins_with, self.jury
         return shard
+
+    def asked(self, judges: Sequence[Judge]) -> Sequence[Judge]:
+        """The judges; those that load a model are elsewhere, if there is a jury."""
+        is_elsewhere = [self.jury is not None and hasattr(judge, "look") for judge in judges]
+        pairs = zip(judges, is_elsewhere, strict=True)
+        return [AskedElsewhere(judge, self.jury) if elsewhere else judge for judge, elsewhere in pairs]
 
     def failures(self, error: SafetyheadsError) -> SafetyheadsError:
         """What keeps a run from its end: where that is what others compute, their units that failed too often."""
@@ -163,6 +173,46 @@ class ClaimingShard(Shard):
         return all(os.path.lexists(self._folder / place) for place in places)
 
 
+class Jury:
+    """An actor that holds judge models, each from the first time that it is asked for."""
+
+    def __init__(self, folder: str) -> None:
+        os.chdir(folder)
+        self._judges: dict[str, Judge] = {}
+
+    def verdicts(self, judge: Judge, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
+        """The verdicts of a judge whose model a worker did not load."""
+        return self._judges.setdefault(canonical_json(judge.describe()), judge)(completions)
+
+
+class AskedElsewhere(Judge):
+    """A judge whose model a :class:`Jury` holds."""
+
+    decides_early = False
+
+    def __init__(self, judge: Judge, jury: Any) -> None:
+        self._judge, self._jury = judge, jury
+
+    @property
+    def name(self) -> str:
+        """The judge's."""
+        return self._judge.name
+
+    def __call__(self, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
+        """The judge's verdicts, once they come."""
+        import ray
+
+        try:
+            verdicts: tuple[Verdict, ...] = ray.get(self._jury.verdicts.remote(self._judge, completions))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        return verdicts
+
+    def describe(self) -> dict[str, Any]:
+        """The judge's: who holds it changes no verdict."""
+        return self._judge.describe()
+
+
 def spread(number: int) -> float:
     """Where a worker begins among sets of prompts, as a share: multiples of the golden ratio are spread evenly.
 
@@ -174,9 +224,9 @@ def spread(number: int) -> float:
 class Worker(Silent):
     """An actor that holds one engine, which is loaded and proved when it first runs; as progress it passes lines on."""
 
-    def __init__(self, folder: str, claims: Any, load: Callable[[Any, Progress], Any]) -> None:
+    def __init__(self, folder: str, claims: Any, juries: Sequence[Any], load: Callable[[Any, Progress], Any]) -> None:
         os.chdir(folder)  # as the driver's: settings name paths as the user wrote them
-        self._claims, self._load, self._engine = claims, load, None
+        self._claims, self._juries, self._load, self._engine = claims, juries, load, None
 
     def _tell(self, method: str, *values: Any) -> Any:
         return getattr(self._claims, method).remote(*values)
@@ -193,6 +243,7 @@ class Worker(Silent):
         self._engine = self._engine or self._load(config, progress)
         shard = ClaimingShard(name, out, lambda *call: ray.get(self._tell(*call)), self._tell)
         shard.begins_with = spread(number)
+        shard.jury = self._juries[number % len(self._juries)] if self._juries else None
         try:
             return carry_out(self._engine, config, out, data, progress, command, shard=shard)
         except ElsewhereError:
@@ -209,13 +260,15 @@ def carry_out_by_workers(
     address: str,
     n_workers: int | None = None,
     gpus_per_worker: float = 0.0,
+    n_juries: int = 0,
     load: Callable[[Any, Progress], Any] = load_engine,
 ) -> Results:
     """The results of a run that workers under Ray carry out, as written; arguments as for :func:`.run.carry_out`.
 
     The ``address`` is that of a cluster, ``auto`` for the one at hand, or ``local`` for one of this machine alone.
-    There are as many workers as have room, by default. One without GPUs takes a CPU a thread, by default one. ``load``
-    gives a worker its engine, proved.
+    There are as many workers as have room, by default. One without GPUs takes a CPU a thread, by default one. Judge
+    models are held by ``n_juries`` actors, each with the GPUs of a worker if judges need any, or by each worker.
+    ``load`` gives a worker its engine, proved.
 
     Raises:
         InputError: as one process would, or Ray is missing, or no worker has room.
@@ -227,13 +280,19 @@ def carry_out_by_workers(
     with _connected(address, n_workers and n_workers * n_cpus) as ray:
         room = ray.cluster_resources()
         n_fit = room.get("CPU", 0) // n_cpus
-        n_fit = min(n_fit, room.get("GPU", 0) // gpus_per_worker) if gpus_per_worker else n_fit
+        gpus_of_jury = 0.0 if getattr(config, "judge_device", "cpu") == "cpu" else gpus_per_worker
+        gpus = room.get("GPU", 0) - n_juries * gpus_of_jury
+        n_fit = min(n_fit, gpus // gpus_per_worker) if gpus_per_worker else n_fit
         if n_fit < 1:
             raise InputError(f"no worker has room: each needs {n_cpus} CPUs and {gpus_per_worker:g} GPUs")
         n_workers = n_workers or int(n_fit)
         if config.memory is None and not gpus_per_worker:
             config = replace(config, memory=psutil.virtual_memory().available / 2**31 / n_workers)
-        driver = _Driver(ray, ray.remote(num_cpus=n_cpus, num_gpus=gpus_per_worker)(Worker), progress, load)
+        # One that is lost starts again, and what it was asked is asked again.
+        jury = ray.remote(num_cpus=0, num_gpus=gpus_of_jury, max_restarts=-1, max_task_retries=MOST_FAILURES)(Jury)
+        juries = [jury.remote(os.getcwd()) for _ in range(n_juries)]
+        worker = ray.remote(num_cpus=n_cpus, num_gpus=gpus_per_worker)(Worker)
+        driver = _Driver(ray, worker, juries, progress, load)
         try:
             results: Results = driver.results(n_workers, carry_out, config, out.absolute(), data, tuple(command))
             return results
@@ -257,6 +316,7 @@ def sweep_by_workers(
     address: str,
     n_workers: int | None = None,
     gpus_per_worker: float = 0.0,
+    n_juries: int = 0,
 ) -> tuple[dict[Path, dict[str, Any]], dict[Path, SafetyheadsError]]:
     """As :func:`.carry_out_sweep`: workers share each audit, one after another, and hold a model for all of its audits.
 
@@ -267,7 +327,7 @@ def sweep_by_workers(
         raise InputError("under --ray all audits of a sweep have one device, device map and number of threads")
     prompts = {place: read_prompts(config) for place, config in audits.items()}
     given = replace(first, memory=None), Path(), (audits, prompts), progress, command
-    return carry_out_by_workers(_swept, *given, address, n_workers, gpus_per_worker, _loader)
+    return carry_out_by_workers(_swept, *given, address, n_workers, gpus_per_worker, n_juries, _loader)
 
 
 def _loader(_: Any, progress: Progress) -> Callable[[AuditConfig], Any]:
@@ -285,10 +345,13 @@ def _swept(load: Any, config: Any, _: Path, data: Any, progress: Progress, comma
 class _Driver:
     """Starts workers, replaces those that are lost, and shows how far the run is."""
 
-    def __init__(self, ray: Any, worker: Any, progress: Progress, load: Callable[..., Any]) -> None:
+    def __init__(
+        self, ray: Any, worker: Any, juries: Sequence[Any], progress: Progress, load: Callable[..., Any]
+    ) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self._ray, self._worker, self._progress, self._load = ray, worker, progress, load
+        self._ray, self._worker, self._juries = ray, worker, juries
+        self._progress, self._load = progress, load
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._claims = ray.remote(num_cpus=0, scheduling_strategy=here)(Claims).remote()
         self._running: dict[Any, tuple[int, Any, str]] = {}
@@ -315,12 +378,15 @@ class _Driver:
     def close(self) -> None:
         """End the bar and the actors that are left."""
         self._bar.close()
-        for actor in (self._claims, *(actor for _, actor, _ in self._running.values())):
+        for actor in (self._claims, *self._juries, *(actor for _, actor, _ in self._running.values())):
             self._ray.kill(actor)
 
     def _start(self, number: int, actor: Any = None) -> None:
         """Start a worker, or one whose actor is there again; its name is new, for the old one may still hold a lock."""
-        name, actor = f"ray-{time.time_ns()}", actor or self._worker.remote(os.getcwd(), self._claims, self._load)
+        name, actor = (
+            f"ray-{time.time_ns()}",
+            actor or self._worker.remote(os.getcwd(), self._claims, self._juries, self._load),
+        )
         self._running[actor.run.remote(name, number, *self._arguments)] = number, actor, name
 
     def _ended(self, reference: Any) -> Any:

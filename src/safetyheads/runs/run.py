@@ -584,6 +584,7 @@ def carry_out(
         default = (default_judge_name(bool(engine.tokenizer.chat_template)),)
         config = settings = replace(settings, judges=given_judges or default)
         judges = judges_named(settings.judges, settings.judge_device, settings.judge_tokens)
+        judges = judges if shard is None else tuple(shard.asked(judges))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         read = prompts or kind.read(config)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import heapq
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 from safetyheads.errors import InputError
+from safetyheads.judges.base import Judge
 from safetyheads.runs.stored_files import content_key
 
 Units: TypeAlias = Mapping[tuple[str, ...], float]
@@ -66,6 +67,10 @@ class Shard:
 
     def wrote(self, place: str) -> None:
         """Told that a file of a unit was written here."""
+
+    def asked(self, judges: Sequence[Judge]) -> Sequence[Judge]:
+        """Judges as this process asks them: it holds them, unless others do."""
+        return judges
 
     def within(self, _: Path) -> Shard:
         """The same share of another run, one of several that this process carries out in directories of their own."""
