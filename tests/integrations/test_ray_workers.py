@@ -108,7 +108,7 @@ def ray():
     os.environ.update(waits, RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
     ray._private.services.get_node = partial(until_started, ray._private.services.get_node)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(num_cpus=3, object_store_memory=100 << 20, **SHUT_OFF)
+    ray.init("local", num_cpus=3, object_store_memory=100 << 20, **SHUT_OFF)
     yield ray
     ray.shutdown()
 
@@ -389,7 +389,7 @@ def test_a_node_removed_from_a_cluster_at_five_random_moments(ray, one, tmp_path
     finally:
         ray.shutdown()
         cluster.shutdown()
-        ray.init(num_cpus=3, object_store_memory=100 << 20, **SHUT_OFF)
+        ray.init("local", num_cpus=3, object_store_memory=100 << 20, **SHUT_OFF)
 
 
 COMMANDS = {
