@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from safetyheads.model.attention import by_segment
-from safetyheads.model.planning import TokenSequence, pack
+from safetyheads.model.packing import TokenSequence, pack
 
 
 def ways(prompts: int, prefix: int, rows: int, heads: int, d_head: int, device: str, dtype: torch.dtype):  # noqa: ANN201

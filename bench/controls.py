@@ -15,7 +15,7 @@ from safetyheads import UNDIFFERENTIATED_ATTENTION, load_demo
 from safetyheads.answers.decoding import Decoding, Request, answer
 from safetyheads.answers.drafts import VerifiedDrafts
 from safetyheads.demo import PLANTED_HEADS
-from safetyheads.measures.random_groups import heads_by_layer, random_groups
+from safetyheads.measures.random_groups import random_groups
 
 
 def main() -> None:
@@ -26,9 +26,10 @@ def main() -> None:
     demo, ablation, decoding = load_demo("aligned_a"), UNDIFFERENTIATED_ATTENTION, Decoding(128)
     engine, planted = demo.engine, PLANTED_HEADS["aligned_a"]
     token_ids = engine.ask(demo.harmful[:n_prompts]).token_ids
+    sizes = engine.architecture.heads_by_layer
     found = [planted[:size] for size in range(1, len(planted) + 1)]
     for n_random in (0, 20, 39):
-        controls = [random_groups(group, heads_by_layer(engine), n_random).groups[:n_random] for group in found]
+        controls = [random_groups(group, sizes, n_random).groups[:n_random] for group in found]
         groups = list(dict.fromkeys([*found, *(control for of in controls for control in of)]))
         started = time.process_time()
         drafts = VerifiedDrafts(engine, token_ids, ablation, decoding, None)

@@ -33,7 +33,8 @@ from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.measures.head_pass import HeadPass, Readouts, Score
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
-from safetyheads.model.planning import TokenSequence, row_sizes
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import row_sizes
 
 BASE = {"heads": 8, "prompts": 16, "length": 32, "layers": 6}
 """Where the others are held."""

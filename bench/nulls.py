@@ -32,7 +32,7 @@ from safetyheads.demo import PLANTED_HEADS, checkpoint_path, demo_prompts
 from safetyheads.heads import Group
 from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.measures.head_pass import Readouts
-from safetyheads.measures.random_groups import heads_by_layer, random_groups
+from safetyheads.measures.random_groups import random_groups
 from safetyheads.measures.sahara import sahara
 from safetyheads.model.engine import Engine
 from safetyheads.runs import audit
@@ -299,7 +299,7 @@ class SharedAudits:
         label = verdict_of(evidence, self.config).label
         if label != CONCENTRATED:
             return label
-        drawn = random_groups(outcome.group, heads_by_layer(self.engine), self.config.n_random, seed)
+        drawn = random_groups(outcome.group, self.engine.architecture.heads_by_layer, self.config.n_random, seed)
         self.answer(drawn.groups, ("harmful",))
         places = split["harmful_test"]
         controls = tuple(part(self.answered["harmful", group], places, False) for group in drawn.groups)
@@ -364,7 +364,7 @@ def print_thresholds() -> None:
             path = checkpoint_path(name)
             shared = SharedAudits(Engine.load(str(path)), name, ablation, Path(scratch))
             group = shared.searched(range(len(shared.unablated["harmful"].records)))
-            sizes, planted = heads_by_layer(shared.engine), PLANTED_HEADS[name]
+            sizes, planted = shared.engine.architecture.heads_by_layer, PLANTED_HEADS[name]
             groups = [tuple(sorted(group[:n])) for n in SIZES] + [tuple(sorted(planted))]
             groups += [one for n in SIZES for one in random_groups(group[:n], sizes, 6).groups[:6]]
             shared.answer(groups)

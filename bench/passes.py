@@ -175,7 +175,7 @@ def ours(work: Work) -> Measured:
     from safetyheads.measures.head_pass import HeadPass, Readouts, Score
     from safetyheads.model.engine import Engine
     from safetyheads.model.loading import use_our_attention
-    from safetyheads.model.planning import TokenSequence
+    from safetyheads.model.packing import TokenSequence
 
     model = work.model("sdpa")
     use_our_attention(model)

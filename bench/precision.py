@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation, Engine, demo
 from safetyheads.demo import demo_prompts
 from safetyheads.measures.head_pass import HeadPass, Readouts, Score
-from safetyheads.model.planning import TokenSequence
+from safetyheads.model.packing import TokenSequence
 
 CHECKPOINTS = ("aligned_a", "aligned_b", "aligned_single")
 ANGLES = (Score("generalized_ships_prompt"), Score("generalized_ships_representation"))

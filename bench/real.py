@@ -41,7 +41,7 @@ from safetyheads.judges.base import Completion
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.scorers import scorer_of
 from safetyheads.measures.screening import Screening, propose, screen
-from safetyheads.model.planning import TokenSequence
+from safetyheads.model.packing import TokenSequence
 
 WAYS = ("plain", "hooks", "ours", "screened")
 ANSWERS = ("generated", "scanned")

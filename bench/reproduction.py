@@ -15,7 +15,8 @@ from shapes import SHAPES, build, prompts
 
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
-from safetyheads.model.planning import Plan, TokenSequence, row_sizes
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import Plan, row_sizes
 
 N_PROMPTS = 520 + 100 + 100
 """AdvBench, JailbreakBench, MaliciousInstruct."""

@@ -27,7 +27,8 @@ from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.measures.head_pass import HeadPass, Readouts, Score
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
-from safetyheads.model.planning import Plan, TokenSequence, row_sizes
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import Plan, row_sizes
 from safetyheads.runs.estimate import estimate_pass
 
 _SQUARES = (1024, 2048, 4096)

@@ -32,7 +32,8 @@ from safetyheads.integrations.ray_workers import ClaimingShard, Claims, carry_ou
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
-from safetyheads.model.planning import Plan, TokenSequence, fit_plan, row_sizes
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import Plan, fit_plan, row_sizes
 from safetyheads.runs.config import AsrConfig, Silent
 from safetyheads.runs.directory import RunDirectory, stage_of, status_of
 from safetyheads.runs.kept_answers import groups_together, prompts_together

@@ -23,7 +23,7 @@ from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablati
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.screening import POINTS, Point, screen
 from safetyheads.model.loading import use_our_attention
-from safetyheads.model.planning import TokenSequence
+from safetyheads.model.packing import TokenSequence
 
 CHECKPOINTS = ("aligned_a", "aligned_b", "aligned_single")
 _POOL = 64

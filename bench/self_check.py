@@ -21,7 +21,8 @@ from shapes import SHAPES, Shape, build, prompts
 
 from safetyheads import load_demo
 from safetyheads.model.engine import Engine
-from safetyheads.model.planning import ModelCosts, Plan, TokenSequence, row_sizes
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import ModelCosts, Plan, row_sizes
 
 _NARROW = 8  # width of a head; rotary positions need an even number
 # Prompts of the proofs are 8 tokens longer, of lengths that thirds and halves of them are whole.

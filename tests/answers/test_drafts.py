@@ -27,8 +27,8 @@ from safetyheads.answers import drafts as drafts_module
 from safetyheads.answers import judging as judging_module
 from safetyheads.answers.decoding import GREEDY, TOP_5, Answer, Decoding, Sampling, ShortContextWarning, end_tokens
 from safetyheads.answers.drafts import DraftPass, Economy, VerifiedDrafts, unablated_answers
-from safetyheads.answers.judging import Judging
-from safetyheads.answers.success import answers_under, scan_attack_success_rate, summarise
+from safetyheads.answers.judging import Judging, answers_under
+from safetyheads.answers.success import scan_attack_success_rate, summarise
 from safetyheads.judges.base import Completion, Verdict
 from safetyheads.judges.keywords import KeywordRules
 from safetyheads.model.architecture import Capabilities

@@ -10,7 +10,7 @@ from safetyheads.answers.judging import Judging
 from safetyheads.answers.surprise import Surprises, answer_key, surprises_of
 from safetyheads.judges.base import Judge, Verdict
 from safetyheads.judges.keywords import KeywordJudge
-from safetyheads.model.planning import TokenSequence
+from safetyheads.model.packing import TokenSequence
 
 PROMPTS = [(5, 9, 12, 40, 41, 8, 3), (5, 9, 2), (20,), (5, 9, 12, 1, 2, 60)]
 ANSWERS = [(0, (7, 7, 30, 2)), (1, (11, 4)), (0, (50, 3)), (2, (9, 9, 9, 9, 9, 9, 9)), (3, (33, 17))]

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, KeywordJudge, PromptSet, Template
 from safetyheads.answers.decoding import GREEDY, TOP_5, Decoding, generate
-from safetyheads.answers.success import answers_under, attack_success_rate, scan_attack_success_rate
+from safetyheads.answers.judging import answers_under
+from safetyheads.answers.success import attack_success_rate, scan_attack_success_rate
 from safetyheads.judges.base import NOT_CLOSED
 from safetyheads.judges.keywords import KeywordRules
 from safetyheads.judges.named import JUDGES

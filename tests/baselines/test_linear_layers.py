@@ -10,7 +10,7 @@ from tiny_models import engine_of
 from safetyheads.baselines import METHODS
 from safetyheads.baselines.linear_layers import edited, gram_matrices, linear_layers
 from safetyheads.baselines.weights import wanda
-from safetyheads.model.planning import TokenSequence
+from safetyheads.model.packing import TokenSequence
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "mistral_window", "gemma2_softcap"])

@@ -7,7 +7,7 @@ from tiny_models import engine_of
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, parse_heads
 from safetyheads.measures.head_pass import HeadPass, Readouts
-from safetyheads.model.planning import TokenSequence
+from safetyheads.model.packing import TokenSequence
 
 PROMPTS = [(5, 9, 12, 40, 41, 8, 3), (5, 9, 2), (20,), (5, 9, 12, 1, 2, 60)]
 ANSWERS = [(7, 7, 30, 2), (11,), (9, 9, 9, 9, 9, 9), (33, 17)]

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetyheads.heads import Head, all_heads, parse_heads
-from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
+from safetyheads.measures.random_groups import RandomGroups, random_groups
+from safetyheads.model.architecture import Architecture
 
 SIZES = st.lists(st.sampled_from((0, 1, 2, 4)), min_size=1, max_size=4).filter(any)
 DISTANCE = {"layers": 0, "neighbouring layers": 1, "all layers": 9}
@@ -123,7 +124,7 @@ def test_heads_that_fill_the_model_have_no_control():
 
 def test_layers_without_heads_are_no_neighbours():
     shapes = (SimpleNamespace(n_heads=4), None, SimpleNamespace(n_heads=8))
-    sizes = heads_by_layer(SimpleNamespace(architecture=SimpleNamespace(shapes=shapes)))
+    sizes = Architecture.heads_by_layer.fget(SimpleNamespace(shapes=shapes))
     assert sizes == (4, 0, 8)
     drawn = random_groups(parse_heads("0-1"), sizes, 39)
     assert (drawn.matched, len(drawn.groups)) == ("neighbouring layers", 11)

@@ -37,7 +37,8 @@ from safetyheads.measures.scorers import (
     scorer_of,
 )
 from safetyheads.measures.screening import screen
-from safetyheads.model.planning import Plan, TokenSequence
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import Plan
 from safetyheads.prompts.prompt_set import Prompt
 
 torch.set_num_threads(1)

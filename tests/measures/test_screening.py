@@ -38,7 +38,7 @@ from safetyheads.measures.screening import (
     screened_sahara,
 )
 from safetyheads.model.architecture import Capabilities
-from safetyheads.model.planning import TokenSequence
+from safetyheads.model.packing import TokenSequence
 
 PROMPTS = (
     (5, 9, 12, 40, 41, 8, 3, 22, 17, 30, 2),

@@ -28,7 +28,8 @@ from safetyheads import (
 from safetyheads.answers.decoding import Decoding
 from safetyheads.answers.success import scan_attack_success_rate
 from safetyheads.model.loading import use_our_attention
-from safetyheads.model.planning import Plan, TokenSequence, pack
+from safetyheads.model.packing import TokenSequence, pack
+from safetyheads.model.planning import Plan
 from safetyheads.model.replay import capture
 from safetyheads.runs.estimate import captures_line
 from safetyheads.runs.provenance import device_name, fingerprint

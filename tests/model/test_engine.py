@@ -14,7 +14,7 @@ from transformers import StaticCache
 
 from safetyheads import Ablation, Head, InputError, SafetyheadsError, ships
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
-from safetyheads.model.planning import TokenSequence, left_padded
+from safetyheads.model.packing import TokenSequence, left_padded
 
 FLOAT32 = 1e-5
 PROMPTS = (PACKED[0], (5, 9, 12, 40, 41, 8, 3, 60, 11), (5, 9, 12, 40, 7, 7, 19, 33, 50, 21, 44, 10, 6))

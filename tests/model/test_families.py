@@ -16,7 +16,7 @@ from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, Head, InputError
 from safetyheads.ablation import ABLATION_KINDS
 from safetyheads.errors import UnsupportedModelError
 from safetyheads.model.architecture import Capabilities
-from safetyheads.model.planning import left_padded
+from safetyheads.model.packing import left_padded
 
 torch.set_num_threads(1)
 

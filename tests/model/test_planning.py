@@ -22,16 +22,8 @@ from safetyheads import UNDIFFERENTIATED_ATTENTION, Engine, Head, InputError
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.loading import use_our_attention
-from safetyheads.model.planning import (
-    Plan,
-    TokenSequence,
-    halving,
-    is_out_of_memory,
-    lay_out,
-    pack,
-    row_sizes,
-    shared_prefix,
-)
+from safetyheads.model.packing import TokenSequence, pack, shared_prefix
+from safetyheads.model.planning import Plan, halving, is_out_of_memory, lay_out, row_sizes
 from safetyheads.model.replay import decode
 
 # A slow machine is no failure, and examples are few because the whole unit suite runs before each change.

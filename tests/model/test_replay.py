@@ -15,7 +15,8 @@ from safetyheads import Ablation, Engine, Head
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.model.loading import use_our_attention
-from safetyheads.model.planning import Plan, TokenSequence
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import Plan
 
 # Two float32 sums of a few dozen terms in another order; measured: 2e-6 on states of size 5. A wrong head, mask
 # or position is off by 0.1 and more.

@@ -10,15 +10,8 @@ from audit_samples import answered
 
 from safetyheads.heads import format_heads, parse_heads
 from safetyheads.measures.random_groups import random_groups
-from safetyheads.runs.audit import (
-    LEAD,
-    SETS,
-    audit_verdict,
-    damage_of_answered,
-    early_verdict,
-    lead_group,
-    read_prompts,
-)
+from safetyheads.measures.scorers import LEAD
+from safetyheads.runs.audit import SETS, audit_verdict, damage_of_answered, early_verdict, lead_group, read_prompts
 from safetyheads.runs.config import AuditConfig, Thresholds
 from safetyheads.runs.rates import GroupAnswers, random_as_json
 from safetyheads.runs.run import Damage, prompt_notes

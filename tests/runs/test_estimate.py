@@ -7,7 +7,8 @@ from tiny_models import engine_of, prompts_of
 
 from safetyheads import load_demo
 from safetyheads.model.architecture import Capabilities
-from safetyheads.model.planning import TokenSequence, row_sizes
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import row_sizes
 from safetyheads.runs.audit import run_audit
 from safetyheads.runs.config import AsrConfig, AuditConfig, SaharaConfig, ScanConfig, ShipsConfig, Silent
 from safetyheads.runs.estimate import Estimate, Work, estimate, estimate_pass

@@ -9,7 +9,8 @@ from transformers import LlamaConfig
 from safetyheads import Engine
 from safetyheads.model.loading import bits_of_weights
 from safetyheads.model.names import CHECKPOINTS
-from safetyheads.model.planning import TokenSequence, row_sizes
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import row_sizes
 from safetyheads.runs.config import ModelOptions
 from safetyheads.runs.estimate import DEVICES, Machine, Work
 

@@ -16,11 +16,9 @@ import torch
 from safetyheads.heads import Group, all_heads, format_heads, parse_heads
 from safetyheads.measures.random_groups import RandomGroups, random_groups
 from safetyheads.measures.sahara import sahara
-from safetyheads.measures.scorers import Opener
+from safetyheads.measures.scorers import LEAD, SCORE_LABELS, Opener, score_as_json
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.audit import (
-    LEAD,
-    SCORE_LABELS,
     SEARCHED,
     SETS,
     SIZE_TOLERANCE,
@@ -31,7 +29,6 @@ from safetyheads.runs.audit import (
     heads_as_json,
     lead_group,
     rates_as_json,
-    score_as_json,
     search_steps,
     stability_as_json,
 )

@@ -20,7 +20,8 @@ from safetyheads.ablation import ABLATION_KINDS, SCALING_CONTRIBUTION
 from safetyheads.answers.decoding import Decoding, Request, answer
 from safetyheads.answers.drafts import VerifiedDrafts
 from safetyheads.model.architecture import Capabilities
-from safetyheads.model.planning import Plan, TokenSequence
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import Plan
 
 # Tokens that lead by more have to be equal.
 LEAD = 1e-4

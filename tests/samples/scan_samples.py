@@ -14,7 +14,7 @@ from typing import Any
 
 from safetyheads.heads import format_heads, parse_heads
 from safetyheads.measures.random_groups import RandomGroups, random_groups
-from safetyheads.runs.audit import SCORE_LABELS
+from safetyheads.measures.scorers import SCORE_LABELS
 from safetyheads.runs.config import ScanConfig
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import results_of_records

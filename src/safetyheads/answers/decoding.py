@@ -26,7 +26,8 @@ from safetyheads.display import Shown
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import AnyHeads, Group, within
 from safetyheads.model.engine import Engine, ask
-from safetyheads.model.planning import allowed_memory, halving, left_padded
+from safetyheads.model.packing import left_padded
+from safetyheads.model.planning import allowed_memory, halving
 from safetyheads.prompts.asked import AnyPrompts
 
 Route: TypeAlias = Literal["plain", "drafted", "continued"]

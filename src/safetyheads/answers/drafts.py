@@ -36,7 +36,8 @@ from safetyheads.answers.decoding import (
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, common_heads
 from safetyheads.model.engine import Engine
-from safetyheads.model.planning import Plan, TokenSequence, allowed_memory, halving, row_sizes
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import Plan, allowed_memory, halving, row_sizes
 from safetyheads.model.replay import Capture
 
 Integers: TypeAlias = NDArray[np.int64]

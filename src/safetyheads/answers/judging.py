@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from safetyheads.answers.decoding import Answer, Route, Stop
+from safetyheads.ablation import Ablation, AnyAblation
+from safetyheads.answers.decoding import Answer, Decoding, Request, Route, Stop, answer
 from safetyheads.answers.surprise import Surprises, answer_key
 from safetyheads.display import Shown
 from safetyheads.errors import InputError
-from safetyheads.heads import Group, format_heads
+from safetyheads.heads import AnyHeads, Group, format_heads, parse_heads
 from safetyheads.judges.base import Completion, Judge, Label, Verdict, verdicts_of
 from safetyheads.judges.named import default_judge_name, judge_named
 from safetyheads.judges.phrase_judge import PhraseJudge
-from safetyheads.model.engine import Engine
+from safetyheads.model.engine import Engine, ask
 from safetyheads.prompts.asked import AnyPrompts, ReadAnswer
 from safetyheads.prompts.prompt_set import Prompt
 
@@ -207,3 +208,31 @@ class Judging:
             thought=read.thought,
             unclosed=read.unclosed,
         )
+
+
+def answers_under(
+    engine: Engine,
+    prompts: AnyPrompts,
+    columns: Sequence[Sequence[AnyHeads]],
+    ablation: AnyAblation,
+    judge: AnyJudge | Sequence[AnyJudge] | None,
+    decoding: Decoding,
+    on_rows: Callable[[int], None] | None = None,
+) -> list[list[JudgedAnswer]]:
+    """Judged answers, decoded plainly and in shared batches.
+
+    ``columns`` [n_columns][n_prompts] holds a group for each prompt; the answers [n_columns][n_prompts] are in the same
+    order.
+    """
+    prompts = ask(engine, prompts)
+    n = len(prompts)
+    for groups in columns:
+        if len(groups) != n:
+            raise InputError(f"{len(groups)} groups for {n} prompts; each prompt needs its own")
+    judging = Judging(engine, prompts, judge, decoding.max_new_tokens, decoding.full_answers)
+    encoded, stop = judging.asked.token_ids, judging.stop
+    asked = [(number, parse_heads(group)) for groups in columns for number, group in enumerate(groups)]
+    requests = [Request(encoded[number], group, stop=stop) for number, group in asked]
+    answers = answer(engine, requests, decoding, Ablation.parse(ablation), on_rows)
+    rows = judging.judged([(*place, decoded) for place, decoded in zip(asked, answers, strict=True)])
+    return [rows[at * n : (at + 1) * n] for at in range(len(columns))]

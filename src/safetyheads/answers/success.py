@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from safetyheads.ablation import Ablation, AnyAblation
-from safetyheads.answers.decoding import GREEDY, Decoding, Request, Sampling, answer
+from safetyheads.answers.decoding import GREEDY, Decoding, Sampling
 from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts
-from safetyheads.answers.judging import AnyJudge, JudgedAnswer, Judging
+from safetyheads.answers.judging import AnyJudge, JudgedAnswer, Judging, answers_under
 from safetyheads.display import Table, chart, rate_row
 from safetyheads.errors import InputError
-from safetyheads.heads import AnyHeads, Group, format_heads, parse_heads, within
+from safetyheads.heads import AnyHeads, Group, format_heads, within
 from safetyheads.judges.base import leaves_refusal_open
 from safetyheads.model.engine import Engine, ask
 from safetyheads.prompts.asked import AnyPrompts
@@ -133,34 +133,6 @@ def query_level_attack_success_rate(
 def query_level_groups(scores: HeadScores, k: int) -> tuple[Group, ...]:
     """Each prompt's own k best heads, from scores [n_prompts, n_layers, n_heads]."""
     return tuple(scores.top_of_prompt(prompt, k) for prompt in range(len(scores.values)))
-
-
-def answers_under(
-    engine: Engine,
-    prompts: AnyPrompts,
-    columns: Sequence[Sequence[AnyHeads]],
-    ablation: AnyAblation,
-    judge: AnyJudge | Sequence[AnyJudge] | None,
-    decoding: Decoding,
-    on_rows: OnRows = None,
-) -> list[list[JudgedAnswer]]:
-    """Judged answers, decoded plainly and in shared batches.
-
-    ``columns`` [n_columns][n_prompts] holds a group for each prompt; the answers [n_columns][n_prompts] are in the same
-    order.
-    """
-    prompts = ask(engine, prompts)
-    n = len(prompts)
-    for groups in columns:
-        if len(groups) != n:
-            raise InputError(f"{len(groups)} groups for {n} prompts; each prompt needs its own")
-    judging = Judging(engine, prompts, judge, decoding.max_new_tokens, decoding.full_answers)
-    encoded, stop = judging.asked.token_ids, judging.stop
-    asked = [(number, parse_heads(group)) for groups in columns for number, group in enumerate(groups)]
-    requests = [Request(encoded[number], group, stop=stop) for number, group in asked]
-    answers = answer(engine, requests, decoding, Ablation.parse(ablation), on_rows)
-    rows = judging.judged([(*place, decoded) for place, decoded in zip(asked, answers, strict=True)])
-    return [rows[at * n : (at + 1) * n] for at in range(len(columns))]
 
 
 @dataclass(frozen=True, slots=True, repr=False)

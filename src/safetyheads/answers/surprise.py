@@ -15,7 +15,8 @@ import torch
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
 from safetyheads.model.engine import Engine
-from safetyheads.model.planning import Plan, TokenSequence, lay_out, longest_row
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import Plan, lay_out, longest_row
 
 AnswerKey: TypeAlias = tuple[int, bytes]
 """Number of the prompt, and hash of the answer's tokens: a scan holds the keys of all its answers."""

@@ -20,7 +20,7 @@ from safetyheads.judges.base import Judge
 from safetyheads.measures.head_pass import log_odds, next_token_log_probabilities
 from safetyheads.model.attention import AttentionCall
 from safetyheads.model.engine import Engine
-from safetyheads.model.planning import PackedRow, TokenSequence, pack
+from safetyheads.model.packing import PackedRow, TokenSequence, pack
 from safetyheads.model.replay import wanted_states
 from safetyheads.prompts.prompt_set import PromptSet
 

@@ -30,7 +30,7 @@ from safetyheads.baselines.base import (
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.measures.head_pass import next_token_log_probabilities
 from safetyheads.model.engine import Engine
-from safetyheads.model.planning import PackedRow, TokenSequence, shared_prefix
+from safetyheads.model.packing import PackedRow, TokenSequence, shared_prefix
 from safetyheads.prompts.prompt_set import PromptSet
 
 # Queries that end and begin unlike each other; what their renderings share at the end is the template's.

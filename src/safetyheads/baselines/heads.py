@@ -33,11 +33,11 @@ from safetyheads.baselines.base import (
 from safetyheads.baselines.direction import select_direction
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import Group
-from safetyheads.measures.random_groups import LEAST_GROUPS, heads_by_layer, random_groups
+from safetyheads.measures.random_groups import LEAST_GROUPS, random_groups
 from safetyheads.measures.sahara import sahara
 from safetyheads.measures.scorers import mean_ships, ships
 from safetyheads.model.engine import Engine
-from safetyheads.model.planning import PackedRow
+from safetyheads.model.packing import PackedRow
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.scores import HeadScores
 
@@ -98,7 +98,9 @@ def at_random(material: Material, sizes: Sequence[int]) -> Callable[[int], Inter
     engine, group = material.engine, found_group(material, max(sizes))
 
     def make(size: int) -> Intervention:
-        drawn = random_groups(group[:size], heads_by_layer(engine), RANDOM_DRAWS, material.seed, apart=True).groups
+        drawn = random_groups(
+            group[:size], engine.architecture.heads_by_layer, RANDOM_DRAWS, material.seed, apart=True
+        ).groups
         if not drawn:
             raise InputError(f"the group of {size} leaves too few other heads to draw as many at random")
         # The first of all that exist would be that of the lowest heads.

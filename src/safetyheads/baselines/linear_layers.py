@@ -20,7 +20,7 @@ from safetyheads.baselines.base import Intervention, hooked, inputs_seen
 from safetyheads.errors import SafetyheadsError, UnsupportedModelError
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import refuse_wrapped
-from safetyheads.model.planning import TokenSequence, left_padded
+from safetyheads.model.packing import TokenSequence, left_padded
 
 EDITS = "baselines edit"
 """Begins the error about weights that are not plain numbers."""

@@ -23,7 +23,7 @@ from safetyheads.baselines.linear_layers import EDITS, LinearLayer, batches, lin
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import refuse_wrapped
-from safetyheads.model.planning import TokenSequence
+from safetyheads.model.packing import TokenSequence
 
 _REORDERING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset")
 """Methods that move rows or tokens of a cache; a twin cache must follow them."""

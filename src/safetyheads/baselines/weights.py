@@ -35,7 +35,7 @@ from safetyheads.baselines.linear_layers import (
 )
 from safetyheads.measures.screening import gradients_of
 from safetyheads.model.engine import Engine
-from safetyheads.model.planning import TokenSequence
+from safetyheads.model.packing import TokenSequence
 
 DAMPENING = 0.01
 """Added to the Hessian's diagonal, as a share of its mean (SparseGPT, Sec 4)."""

@@ -31,12 +31,11 @@ from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.judges.named import judges_named
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.sahara import rank_heads, sahara
-from safetyheads.measures.scorers import scorer_of
+from safetyheads.measures.scorers import ANGLES, scorer_of
 from safetyheads.model.attention_swap import swapped_attention
 from safetyheads.model.engine import Engine
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
-from safetyheads.runs.audit import ANGLES
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.kept_answers import KeptAnswers

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Decoding, end_tokens
-from safetyheads.answers.success import answers_under
+from safetyheads.answers.judging import answers_under
 from safetyheads.answers.success import scan_attack_success_rate as scan
 from safetyheads.demo import planted_heads
 from safetyheads.errors import InputError
@@ -30,7 +30,8 @@ from safetyheads.heads import Head
 from safetyheads.measures.scorers import ships
 from safetyheads.measures.screening import screen
 from safetyheads.model.engine import Engine
-from safetyheads.model.planning import TokenSequence, row_sizes
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import row_sizes
 from safetyheads.runs.rates import GroupAnswers, corrected
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import CONFIDENCE, Rate

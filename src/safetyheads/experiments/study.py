@@ -19,8 +19,7 @@ from safetyheads.experiments.single_heads import heads_alone, rates_of, score_ro
 from safetyheads.heads import Group, Head, format_heads
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.sahara import sahara
-from safetyheads.measures.scorers import answer_sequences, scorer_of
-from safetyheads.runs.audit import ANGLES, LEAD, SCORE_LABELS, scores_of
+from safetyheads.measures.scorers import ANGLES, LEAD, SCORE_LABELS, answer_sequences, scorer_of, scores_of
 from safetyheads.runs.config import ScanConfig
 from safetyheads.runs.kept_answers import KeptAnswers
 from safetyheads.runs.rates import GroupAnswers, gross_loss

@@ -21,14 +21,8 @@ from safetyheads.display import Shown
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.heads import Group, Head, common_heads, format_heads
 from safetyheads.measures.subspace import Space, dominant_directions, principal_angle_sum, refuse_rank
-from safetyheads.model.planning import (
-    Plan,
-    TokenSequence,
-    first_wanted,
-    halving,
-    prompt_of_wanted,
-    unless_too_large,
-)
+from safetyheads.model.packing import TokenSequence, first_wanted, prompt_of_wanted
+from safetyheads.model.planning import Plan, halving, unless_too_large
 from safetyheads.scores import HeadScores
 
 if TYPE_CHECKING:

@@ -12,14 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, combinations
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from safetyheads.heads import Group, Head
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 Matched: TypeAlias = Literal["layers", "neighbouring layers", "all layers"]
 LEAST_GROUPS = 39
@@ -44,11 +41,6 @@ class RandomGroups:
     def complete(self) -> bool:
         """Whether these are all groups that are matched so."""
         return len(self.groups) == self.n_possible
-
-
-def heads_by_layer(engine: Engine) -> tuple[int, ...]:
-    """Number of query heads in each layer, 0 where a layer has none."""
-    return tuple(0 if shape is None else shape.n_heads for shape in engine.architecture.shapes)
 
 
 def random_groups(

@@ -6,29 +6,42 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation, AnyAblation
-from safetyheads.answers.decoding import generate
-from safetyheads.answers.judging import AnyJudge, JudgedAnswer
-from safetyheads.answers.success import attack_success_rate
+from safetyheads.answers.decoding import Decoding, generate
+from safetyheads.answers.judging import AnyJudge, JudgedAnswer, answers_under
 from safetyheads.display import Shown
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.heads import Group, all_heads
 from safetyheads.measures.head_pass import FORECASTS, HeadPass, Readouts, Score, State
-from safetyheads.measures.sahara import score_heads
+from safetyheads.measures.sahara import rank_heads, score_heads
 from safetyheads.measures.screening import Extent, Missed, Proposal, missed, propose, screen
 from safetyheads.measures.subspace import Space
 from safetyheads.model.engine import Engine, ask
-from safetyheads.model.planning import TokenSequence
+from safetyheads.model.packing import TokenSequence
 from safetyheads.scores import FunctionScorer, HeadScores
 
 if TYPE_CHECKING:
     from safetyheads.prompts.asked import AnyPrompts
 
+LEAD = "mean_ships"
+"""The score that the verdict is about: it separates known heads best."""
+ANGLES = (Score("generalized_ships_prompt"), Score("generalized_ships_representation"))
+"""Generalized Ships as in the released code, and as in the text."""
+SCORE_LABELS = {
+    "mean_ships": "mean Ships",
+    "benign_ships": "mean Ships on benign prompts",
+    "refusal_score": "drop of the refusal log-odds",
+    "generalized_ships_prompt": "Generalized Ships, prompt space (released code)",
+    "generalized_ships_representation": "Generalized Ships, representation space (text)",
+    "screened_mean_ships": "forecast of mean Ships (screening)",
+    "contrast": "mean Ships, harmful less benign prompts",
+}
+"""What a reader is told that each score is."""
 OPENER_TOKENS = 32
 """New tokens that a judge sees to find the refusals whose openers are counted."""
 LEAST_OPENED = 0.05
@@ -314,5 +327,19 @@ def openers_of(
 
 def find_openers(engine: Engine, prompts: AnyPrompts, judge: AnyJudge | None = None) -> tuple[Opener, ...]:
     """The openers of the model's own unablated refusals of these prompts; :class:`SafetyheadsError` if it has none."""
-    answers = attack_success_rate(engine, prompts, (), UNDIFFERENTIATED_ATTENTION, judge, OPENER_TOKENS).rows
+    asked, decoding = engine.ask(prompts), Decoding(OPENER_TOKENS, full_answers=True)
+    (answers,) = answers_under(engine, asked, [[()] * len(asked)], UNDIFFERENTIATED_ATTENTION, judge, decoding)
     return openers_of(engine, answers, needs=True)
+
+
+def scores_of(measuring: HeadPass) -> dict[str, HeadScores]:
+    """Every score that a pass reads, of each head alone: mean Ships, angles, the refusal score."""
+    readouts = measuring.readouts
+    names = [*[LEAD] * readouts.ships, *(angle.label for angle in readouts.angles)]
+    names += ["refusal_score"] * bool(readouts.openers)
+    return {name: rank_heads(scorer_of(measuring, name), measuring.engine.heads) for name in names}
+
+
+def score_as_json(name: str, scores: HeadScores, n_prompts: int) -> dict[str, Any]:
+    """A score of every head as results hold it."""
+    return {"label": SCORE_LABELS.get(name, name), "unit": scores.unit, "n": n_prompts, "values": scores.as_lists()}

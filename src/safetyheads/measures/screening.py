@@ -38,15 +38,8 @@ from safetyheads.heads import Group, Head, within
 from safetyheads.measures.head_pass import Forecast, HeadPass, log_odds
 from safetyheads.measures.sahara import sahara
 from safetyheads.model.attention import AttentionCall
-from safetyheads.model.planning import (
-    PackedRow,
-    TokenSequence,
-    first_wanted,
-    pack,
-    prompt_of_wanted,
-    row_prefix,
-    row_sizes,
-)
+from safetyheads.model.packing import PackedRow, TokenSequence, first_wanted, pack, prompt_of_wanted, row_prefix
+from safetyheads.model.planning import row_sizes
 from safetyheads.model.replay import wanted_states
 from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
 from safetyheads.stats.intervals import CONFIDENCE, most_in_population

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -131,6 +133,11 @@ class Architecture:
     def with_heads(self) -> tuple[int, ...]:
         """Layers whose heads can be ablated, ascending."""
         return tuple(layer for layer, shape in enumerate(self.shapes) if shape is not None)
+
+    @property
+    def heads_by_layer(self) -> tuple[int, ...]:
+        """Number of query heads in each layer, 0 where a layer has none."""
+        return tuple(0 if shape is None else shape.n_heads for shape in self.shapes)
 
     @property
     def without_heads(self) -> tuple[int, ...]:
@@ -326,6 +333,18 @@ def _original_length(rope: dict[str, Any], config: Any) -> int | None:
 
 def _positive(numbers: Iterable[Any]) -> tuple[int, ...]:
     return tuple(sorted({number for number in numbers if isinstance(number, int) and number > 0}))
+
+
+@lru_cache
+def family_supports_sdpa(module_name: str) -> bool:
+    """Whether the family declares sdpa: a fact of the PreTrainedModel in the attention's source module."""
+    source = sys.modules[module_name]
+    declared = [
+        value._supports_sdpa
+        for value in vars(source).values()
+        if isinstance(value, type) and hasattr(value, "_supports_sdpa") and value.__module__ == source.__name__
+    ]
+    return bool(declared) and all(declared)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

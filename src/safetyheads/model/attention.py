@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, NamedTuple, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from transformers.masking_utils import sdpa_mask
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import UnsupportedModelError
+from safetyheads.model.architecture import family_supports_sdpa
+from safetyheads.model.packing import Packing
 
 ATTENTION_NAME = "safetyheads"
 """Name of the attention and the mask function in transformers' registries."""
@@ -226,18 +228,6 @@ def _family_keywords(keywords: dict[str, Any]) -> set[str]:
     }
 
 
-@lru_cache
-def family_supports_sdpa(module_name: str) -> bool:
-    """Whether the family declares sdpa: a fact of the PreTrainedModel in the attention's source module."""
-    source = sys.modules[module_name]
-    declared = [
-        value._supports_sdpa
-        for value in vars(source).values()
-        if isinstance(value, type) and hasattr(value, "_supports_sdpa") and value.__module__ == source.__name__
-    ]
-    return bool(declared) and all(declared)
-
-
 def _causal(query: Tensor, key: Tensor) -> Tensor:
     """The causal mask, bool [1, 1, n_tokens, n_keys], for queries that stand at the end of the keys."""
     n_tokens, n_keys = query.shape[2], key.shape[2]
@@ -269,43 +259,6 @@ def is_ablation_hook(hook: Any) -> bool:
 
 
 # Prompts in one row are kept apart: by the mask of packed prompts, and by attention prompt by prompt.
-
-
-class Packing(NamedTuple):
-    """How prompts lie in one row: [shared prefix | rest of prompt 1 | rest of prompt 2 | ...]."""
-
-    positions: Tensor
-    """int64 [n_tokens]: the position of each token within its own prompt."""
-    segments: Tensor
-    """int64 [n_tokens]: 0 for the prefix, i for the rest of prompt i."""
-    n_prefix: int
-    """Tokens of the shared prefix, at the row's beginning."""
-    tokens: Tensor
-    """int64 [n_prompts, longest_rest]: the tokens of each rest; shorter ones end in repeats of their last token."""
-    keys: Tensor
-    """int64 [n_prompts, n_prefix + longest_rest]: the prefix's tokens, then ``tokens``: all that they may see."""
-    real: Tensor
-    """bool, same shape: which of the keys are no repeats."""
-    places: Tensor
-    """int64 [n_tokens - n_prefix]: where the row's tokens after the prefix stand in ``tokens``, flattened."""
-
-    @classmethod
-    def of(cls, positions: Tensor, segments: Tensor) -> Packing:
-        """The layout of a row, from the position and the segment of each token."""
-        lengths = torch.bincount(segments)
-        starts, rests = lengths.cumsum(0)[:-1, None], lengths[1:, None]
-        offsets = torch.arange(int(rests.max()), device=segments.device)
-        tokens, real = starts + torch.minimum(offsets, rests - 1), offsets < rests
-        prefix = torch.arange(int(lengths[0]), device=segments.device).expand(len(tokens), -1)
-        keys = torch.cat([prefix, tokens], dim=1)
-        seen = torch.cat([torch.ones_like(prefix, dtype=torch.bool), real], dim=1)
-        return cls(positions, segments, prefix.shape[1], tokens, keys, seen, real.flatten().nonzero()[:, 0])
-
-    def cover(self, query: Tensor, mask: Tensor) -> bool:
-        """Whether this call attends over the whole row, under one boolean mask for all rows and heads."""
-        n_tokens = len(self.positions)
-        return query.shape[2] == n_tokens and mask.dtype == torch.bool and mask.shape == (1, 1, n_tokens, n_tokens)
-
 
 # Lives for one forward of the engine's own, in its own thread; replays use the masks that were captured.
 _packing: ContextVar[Packing | None] = ContextVar("safetyheads_packing", default=None)

@@ -21,7 +21,8 @@ from safetyheads.model import planning
 from safetyheads.model.architecture import Architecture, Capabilities, describe, input_device
 from safetyheads.model.attention import AttentionCall, attention_calls, is_ablation_hook
 from safetyheads.model.options import LoadOptions
-from safetyheads.model.planning import ModelCosts, Plan, TokenSequence, longest_row, pack, row_sizes, to_device
+from safetyheads.model.packing import TokenSequence, pack, to_device
+from safetyheads.model.planning import ModelCosts, Plan, longest_row, row_sizes
 from safetyheads.model.replay import Capture, Place, capture, logits, replay, rerun
 from safetyheads.prompts.asked import AnyPrompts, AskedPrompts, DatedPromptWarning
 from safetyheads.prompts.prompt_set import PromptSet

@@ -1,4 +1,4 @@
-"""Lays out passes over a model: prompts in packed rows, head groups in batches; counts what that costs."""
+"""Plans passes over a model: which prompts share a packed row, how many head groups a batch; counts what that costs."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import errno
 from collections.abc import Callable, Iterator, Mapping, MutableSet, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from os.path import commonprefix
 from typing import Any, NamedTuple, TypeVar
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from safetyheads.errors import InputError
 from safetyheads.heads import Head
-from safetyheads.model.architecture import Architecture, Capabilities
-from safetyheads.model.attention import Packing, family_supports_sdpa
+from safetyheads.model.architecture import Architecture, Capabilities, family_supports_sdpa
+from safetyheads.model.packing import TokenSequence, row_prefix, shared_prefix
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,36 +32,6 @@ _LONGEST_ROW = 4096
 _LOGITS_AT_ONCE = 1 << 22
 # Bytes of each of them: in float32, and in float64 itself, its logarithm, what it is compared with and their product.
 _LOGIT_BYTES = 44
-
-
-# What is laid out
-
-
-class TokenSequence(NamedTuple):
-    """The tokens of one prompt, and how many of the last ones are read."""
-
-    token_ids: tuple[int, ...]
-    """The prompt, and after it any teacher-forced tokens of an answer."""
-    n_wanted: int = 1
-    """States of the last ``n_wanted`` tokens are read."""
-
-
-class PackedRow(NamedTuple):
-    """Several sequences in one row: [shared prefix | rest of the first | rest of the second | ...]."""
-
-    members: tuple[int, ...]
-    """Indices of the sequences in this row."""
-    token_ids: Tensor
-    """int64 [n_tokens]."""
-    packing: Packing
-    """Where each prompt's tokens are."""
-    wanted: Tensor
-    """int64 [n_wanted]: the tokens whose last states are read, sequence by sequence."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Length of the row."""
-        return len(self.token_ids)
 
 
 class Plan(NamedTuple):
@@ -82,72 +51,6 @@ class Plan(NamedTuple):
     def from_dict(cls, stored: Mapping[str, Any]) -> Plan:
         """The plan that :meth:`as_dict` gave."""
         return cls(tuple(tuple(row) for row in stored["rows"]), stored["groups_per_batch"], stored["threads"])
-
-
-def shared_prefix(sequences: Sequence[TokenSequence]) -> int:
-    """Number of first tokens that all sequences share; each keeps at least one token, and all wanted ones, apart."""
-    same = len(commonprefix([sequence.token_ids for sequence in sequences]))  # noqa: RUF071, these are no paths
-    return max(0, min(same, *(len(sequence.token_ids) - sequence.n_wanted for sequence in sequences)))
-
-
-def row_prefix(sequences: Sequence[TokenSequence]) -> int:
-    """First tokens that a row of these sequences holds once: those they share, none of a sequence alone."""
-    return shared_prefix(sequences) if len(sequences) > 1 else 0
-
-
-def prompt_of_wanted(sequences: Sequence[TokenSequence]) -> Tensor:
-    """int64 [n_wanted of all]: the sequence of each wanted token."""
-    counts = torch.tensor([sequence.n_wanted for sequence in sequences])
-    return torch.repeat_interleave(torch.arange(len(counts)), counts)
-
-
-def first_wanted(sequences: Sequence[TokenSequence]) -> Tensor:
-    """int64 [n_sequences]: the first wanted token of each, a prompt's last, among the wanted tokens of all."""
-    return torch.tensor([0, *[sequence.n_wanted for sequence in sequences[:-1]]]).cumsum(0)
-
-
-def pack(
-    sequences: Sequence[TokenSequence],
-    members: Sequence[int],
-    device: torch.device | str = "cpu",
-    longest_prefix: int | None = None,
-) -> PackedRow:
-    """Lay the ``members`` of ``sequences`` in one row, their common prefix (or so much of it) once."""
-    chosen = [sequences[member] for member in members]
-    prefix = row_prefix(chosen)
-    prefix = prefix if longest_prefix is None else min(prefix, longest_prefix)
-    token_ids = list(chosen[0].token_ids[:prefix])
-    positions, segments = list(range(prefix)), [0] * prefix
-    wanted: list[int] = []
-    for number, sequence in enumerate(chosen, start=1):
-        rest = sequence.token_ids[prefix:]
-        token_ids += rest
-        positions += range(prefix, len(sequence.token_ids))
-        segments += [number] * len(rest)
-        wanted += range(len(token_ids) - sequence.n_wanted, len(token_ids))
-
-    def tensor(values: list[int]) -> Tensor:
-        return to_device(torch.tensor(values, dtype=torch.int64), torch.device(device))
-
-    return PackedRow(tuple(members), tensor(token_ids), Packing.of(tensor(positions), tensor(segments)), tensor(wanted))
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
-    """Rows of unequal length as one batch, padding first: what a model is called with, each int64 [n_rows, longest].
-
-    The ``attention_mask`` is 1 where a token is real; ``position_ids`` are those within a token's own row.
-    """
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)}
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small host tensor on the device, without the host waiting for the copy."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 # Plans

@@ -26,7 +26,8 @@ from safetyheads.heads import Head
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.attention import AttentionCall, LeftLayer, RowAblation, attending, attention_calls
 from safetyheads.model.loading import is_quantised, rounds_activations, use_our_attention
-from safetyheads.model.planning import PackedRow, TokenSequence, is_out_of_memory, left_padded, pack
+from safetyheads.model.packing import PackedRow, TokenSequence, left_padded, pack
+from safetyheads.model.planning import is_out_of_memory
 from safetyheads.model.replay import (
     Capture,
     Copies,

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from safetyheads.ablation import Ablation
 from safetyheads.model.architecture import Architecture, Capabilities, input_device
 from safetyheads.model.attention import AttentionCall, LeftLayer, attention_calls, packed
-from safetyheads.model.planning import PackedRow
+from safetyheads.model.packing import PackedRow
 
 # What layers are given beside their hidden states. Captured arguments are read-only: a replay that wrote to them would
 # poison the next one. But what a layer writes for a later one (shared keys and values) has to reach it within the same

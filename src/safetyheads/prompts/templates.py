@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from safetyheads.display import Shown
 from safetyheads.errors import InputError, time_limit
-from safetyheads.prompts.files import Turns
 
 Thinking: TypeAlias = Literal["closed", "open"]
 """``closed``: the think block is closed before the answer begins. ``open``: the model may think, and its thoughts are
@@ -233,7 +232,7 @@ class BoundTemplate(NamedTuple):
         """Name of the tokenizer's model, for messages."""
         return getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__
 
-    def render(self, query: str, earlier: Turns = ()) -> str:
+    def render(self, query: str, earlier: Sequence[tuple[str, str]] = ()) -> str:
         """The text of one prompt, with the beginning of the answer where that is prefilled.
 
         An InputError tells that the chat template rejects the prompt or the system prompt, or leaves one of them out.
@@ -243,7 +242,7 @@ class BoundTemplate(NamedTuple):
         has_blank = self.template.name in FORMS and not self.is_chat and not str(self.template.format).endswith("\n")
         return text + " " * (has_blank and prefill[:1].strip() != "") + prefill
 
-    def up_to_answer(self, query: str, earlier: Turns = ()) -> str:
+    def up_to_answer(self, query: str, earlier: Sequence[tuple[str, str]] = ()) -> str:
         """The text of one prompt without a prefilled answer."""
         if self.is_chat:
             messages = self._messages(query)
@@ -263,7 +262,7 @@ class BoundTemplate(NamedTuple):
         # In one go, so that a query that holds a placeholder is not filled in again.
         return _PLACEHOLDERS.sub(lambda match: match[0] if (value := values[match[0]]) is None else value, text)
 
-    def encode(self, query: str, earlier: Turns = ()) -> list[int]:
+    def encode(self, query: str, earlier: Sequence[tuple[str, str]] = ()) -> list[int]:
         """The token ids of one prompt, after the earlier turns of its conversation.
 
         A format string gets the special tokens that the tokenizer adds by itself, without an end token, since the

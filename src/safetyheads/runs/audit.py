@@ -21,9 +21,9 @@ from safetyheads.demo import demo_prompts
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head
 from safetyheads.measures.head_pass import HeadPass, Readouts, Score
-from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
-from safetyheads.measures.sahara import n_scored, rank_heads, sahara
-from safetyheads.measures.scorers import scorer_of
+from safetyheads.measures.random_groups import RandomGroups, random_groups
+from safetyheads.measures.sahara import n_scored, sahara
+from safetyheads.measures.scorers import ANGLES, LEAD, score_as_json, scorer_of, scores_of
 from safetyheads.measures.screening import Extent, Missed, Proposal, screened_sahara
 from safetyheads.model.engine import Engine
 from safetyheads.prompts.asked import AskedPrompts
@@ -64,10 +64,6 @@ from safetyheads.scores import HeadScores, SearchTrace
 from safetyheads.stats.intervals import FloatArray, Rate, newcombe_interval, skewed_mean
 from safetyheads.stats.stability import Columns, Repeated, prompts_needed, rank_stability, repeated_search, resampled
 
-LEAD = "mean_ships"
-"""The score that the verdict is about: it separates known heads best."""
-ANGLES = (Score("generalized_ships_prompt"), Score("generalized_ships_representation"))
-"""Generalized Ships as in the released code, and as in the text."""
 SEARCHED = (LEAD, *(angle.label for angle in ANGLES))
 """The scores that Sahara searches with."""
 N_LISTED = 10
@@ -78,16 +74,6 @@ LEAST_BENIGN_TEST = 50
 """Benign test prompts that no limit takes away: a bound of .1 on the loss allows one loss in 50, and none in 25."""
 SIZE_TOLERANCE = 0.05
 """A smaller group is preferred if it comes this close to the best one on the search half."""
-SCORE_LABELS = {
-    "mean_ships": "mean Ships",
-    "benign_ships": "mean Ships on benign prompts",
-    "refusal_score": "drop of the refusal log-odds",
-    "generalized_ships_prompt": "Generalized Ships, prompt space (released code)",
-    "generalized_ships_representation": "Generalized Ships, representation space (text)",
-    "screened_mean_ships": "forecast of mean Ships (screening)",
-    "contrast": "mean Ships, harmful less benign prompts",
-}
-"""What a reader is told that each score is."""
 KINDS: tuple[Literal["harmful", "benign"], ...] = ("harmful", "benign")
 SETS = ("harmful_search", "harmful_test", "benign_search", "benign_test")
 """The prompt sets of an audit."""
@@ -170,7 +156,7 @@ def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]
         n_scored_heads = extent.n_heads(n_scored_heads)
     # At most: searches that agree share their groups, and a group is answered once. Heads of a group are taken to lie
     # in different layers.
-    n_groups, sizes = n_searches * config.size, heads_by_layer(engine)
+    n_groups, sizes = n_searches * config.size, engine.architecture.heads_by_layer
     layers = [layer for layer, n_heads in enumerate(sizes) if n_heads]
     tested = [config.size] if config.chosen_size else range(1, config.size + 1)
     spread = [tuple(Head(layer, 0) for layer in layers[-size:]) for size in tested]
@@ -529,19 +515,6 @@ def heads_as_json(
         asr = {"asr": asdict(alone.asr), "asr_change": change, "by_judge": by_judge(alone)}
         entries.append({"head": alone.group, "rank": rank, **means, **asr})
     return entries
-
-
-def scores_of(measuring: HeadPass) -> dict[str, HeadScores]:
-    """Every score that a pass reads, of each head alone: mean Ships, angles, the refusal score."""
-    readouts = measuring.readouts
-    names = [*[LEAD] * readouts.ships, *(angle.label for angle in readouts.angles)]
-    names += ["refusal_score"] * bool(readouts.openers)
-    return {name: rank_heads(scorer_of(measuring, name), measuring.engine.heads) for name in names}
-
-
-def score_as_json(name: str, scores: HeadScores, n_prompts: int) -> dict[str, Any]:
-    """A score of every head as results hold it."""
-    return {"label": SCORE_LABELS.get(name, name), "unit": scores.unit, "n": n_prompts, "values": scores.as_lists()}
 
 
 def search_steps(trace: SearchTrace) -> list[dict[str, Any]]:

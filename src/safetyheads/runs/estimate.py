@@ -17,7 +17,8 @@ from safetyheads.errors import InputError
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import bits_of_weights, load_shape
 from safetyheads.model.names import find_model
-from safetyheads.model.planning import CUDA_TOKENS, Plan, TokenSequence, row_sizes
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import CUDA_TOKENS, Plan, row_sizes
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.config import ModelOptions, duration
 from safetyheads.runs.start import silence_libraries

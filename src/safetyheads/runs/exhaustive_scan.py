@@ -26,10 +26,9 @@ from safetyheads.judges.named import judges_named
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.measures.sahara import sahara
-from safetyheads.measures.scorers import answer_sequences, scorer_of
+from safetyheads.measures.scorers import ANGLES, LEAD, answer_sequences, score_as_json, scorer_of, scores_of
 from safetyheads.model.engine import Engine
 from safetyheads.prompts.asked import AskedPrompts
-from safetyheads.runs.audit import ANGLES, LEAD, score_as_json, scores_of
 from safetyheads.runs.config import ScanConfig
 from safetyheads.runs.directory import SCHEMA_VERSION
 from safetyheads.runs.estimate import Work

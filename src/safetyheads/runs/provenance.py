@@ -15,7 +15,6 @@ import torch
 
 from safetyheads.answers.decoding import settings_not_followed
 from safetyheads.errors import InputError
-from safetyheads.measures.random_groups import heads_by_layer
 from safetyheads.model import loading
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import dequantised, device_layout, quantisation
@@ -76,7 +75,7 @@ def template_facts(prompts: PromptSet) -> dict[str, Any]:
 
 def model_facts(engine: Engine, name: str) -> dict[str, Any]:
     """The model as results describe it."""
-    facts, by_layer = engine.architecture, heads_by_layer(engine)
+    facts, by_layer = engine.architecture, engine.architecture.heads_by_layer
     layers_differ = len({n_heads for n_heads in by_layer if n_heads}) > 1
     return {
         "name": name if engine.adapter is None or engine.adapter.name == name else f"{name} + {engine.adapter.name}",

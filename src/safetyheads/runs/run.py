@@ -45,11 +45,12 @@ from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.judges.named import WORD_JUDGES, default_judge_name, judges_named
 from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.measures.head_pass import HeadPass, Keep, Readouts, Value
-from safetyheads.measures.random_groups import RandomGroups, heads_by_layer, random_groups
+from safetyheads.measures.random_groups import RandomGroups, random_groups
 from safetyheads.measures.scorers import OPENER_TOKENS, Opener, answer_sequences, openers_of
 from safetyheads.measures.screening import Screening, screen
 from safetyheads.model.engine import Engine
-from safetyheads.model.planning import Plan, TokenSequence
+from safetyheads.model.packing import TokenSequence
+from safetyheads.model.planning import Plan
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
@@ -413,14 +414,19 @@ class Run(Generic[Config]):
         texts = [format_heads(group) for group in groups]
 
         def compute() -> list[dict[str, Any]]:
-            sizes = heads_by_layer(self.engine)
+            sizes = self.engine.architecture.heads_by_layer
             drawn = [random_groups(group, sizes, n_groups, seed) for group in groups]
             return [
                 {"group": text, **asdict(controls), "groups": [format_heads(control) for control in controls.groups]}
                 for text, controls in zip(texts, drawn, strict=True)
             ]
 
-        fields = {"groups": texts, "n_groups": n_groups, "seed": seed, "n_heads": list(heads_by_layer(self.engine))}
+        fields = {
+            "groups": texts,
+            "n_groups": n_groups,
+            "seed": seed,
+            "n_heads": list(self.engine.architecture.heads_by_layer),
+        }
         stored = _random_of_records(self.directory.records(_RANDOM, fields, compute))
         return {group: stored[text] for group, text in zip(groups, texts, strict=True)}
 
