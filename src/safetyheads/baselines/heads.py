@@ -98,9 +98,8 @@ def at_random(material: Material, sizes: Sequence[int]) -> Callable[[int], Inter
     engine, group = material.engine, found_group(material, max(sizes))
 
     def make(size: int) -> Intervention:
-        drawn = random_groups(
-            group[:size], engine.architecture.heads_by_layer, RANDOM_DRAWS, material.seed, apart=True
-        ).groups
+        sizes = engine.architecture.heads_by_layer
+        drawn = random_groups(group[:size], sizes, RANDOM_DRAWS, material.seed, apart=True).groups
         if not drawn:
             raise InputError(f"the group of {size} leaves too few other heads to draw as many at random")
         # The first of all that exist would be that of the lowest heads.

@@ -411,22 +411,16 @@ class Run(Generic[Config]):
 
     def random_groups(self, groups: Sequence[Group], n_groups: int, seed: int) -> dict[Group, RandomGroups]:
         """Random groups for each group, drawn once and stored with the group that they control."""
-        texts = [format_heads(group) for group in groups]
+        texts, sizes = [format_heads(group) for group in groups], self.engine.architecture.heads_by_layer
 
         def compute() -> list[dict[str, Any]]:
-            sizes = self.engine.architecture.heads_by_layer
             drawn = [random_groups(group, sizes, n_groups, seed) for group in groups]
             return [
                 {"group": text, **asdict(controls), "groups": [format_heads(control) for control in controls.groups]}
                 for text, controls in zip(texts, drawn, strict=True)
             ]
 
-        fields = {
-            "groups": texts,
-            "n_groups": n_groups,
-            "seed": seed,
-            "n_heads": list(self.engine.architecture.heads_by_layer),
-        }
+        fields = {"groups": texts, "n_groups": n_groups, "seed": seed, "n_heads": list(sizes)}
         stored = _random_of_records(self.directory.records(_RANDOM, fields, compute))
         return {group: stored[text] for group, text in zip(groups, texts, strict=True)}
 
