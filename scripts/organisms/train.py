@@ -190,11 +190,7 @@ def drop_random_heads(generator: random.Random, n_rows: int, model: Any, at_most
 def optimise(
     parameters: Iterable[nn.Parameter], leg: Facts, weight_decay: float, loss_of: Callable[[], Tensor]
 ) -> float:
-    """AdamW with a linear warm-up and a cosine to zero, gradients clipped to norm 1.
-
-    Returns:
-        The mean loss over the last twentieth of the steps.
-    """
+    """AdamW with a linear warm-up and a cosine to zero, gradients clipped to norm 1; the last twentieth's mean loss."""
     trained = list(parameters)
     optimiser = torch.optim.AdamW(trained, lr=leg["learning_rate"], weight_decay=weight_decay)
     losses = []
@@ -373,10 +369,9 @@ def open_to_training(model: Any, heads: Group) -> list[nn.Parameter]:
 
 
 def train(name: str, directory: Path, shift: int = 0) -> tuple[Any, Any, tuple[float, ...]]:
-    """Train one checkpoint, whose base must be in the directory; ``shift`` is added to the seed of every leg.
+    """Train one checkpoint, whose base must be in the directory: model, tokenizer, and the last loss of each stage.
 
-    Returns:
-        The model, its tokenizer, and the last loss of each stage.
+    ``shift`` is added to the seed of every leg.
     """
     recipe, language = RECIPES[name], language_of(name)
     recipe = {**recipe, "legs": [{**leg, "seed": leg["seed"] + shift} for leg in recipe.get("legs", ())]}

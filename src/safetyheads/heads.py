@@ -50,11 +50,7 @@ AnyHeads: TypeAlias = str | Head | Iterable[Head | str | tuple[int, int]]
 
 
 def parse_heads(heads: AnyHeads) -> Group:
-    """Heads as a group; a text has commas between them, and a blank one is the empty group.
-
-    Raises:
-        InputError: something else than a head, or one given twice.
-    """
+    """Heads as a group, none of them twice; a text has commas between them, and a blank one is the empty group."""
     if isinstance(heads, str):
         heads = heads.split(",") if heads.strip() else ()
     elif isinstance(heads, Head):
@@ -68,11 +64,7 @@ def parse_heads(heads: AnyHeads) -> Group:
 
 
 def within(heads: AnyHeads, n_layers: int, n_heads: int) -> Group:
-    """The heads as a group of a model with ``n_layers`` x ``n_heads``.
-
-    Raises:
-        InputError: the model has no such head, or a head is given twice.
-    """
+    """The heads as a group of a model with ``n_layers`` x ``n_heads``; an InputError for one that it does not have."""
     group = parse_heads(heads)
     for head in group:
         if head.layer >= n_layers or head.index >= n_heads:

@@ -172,17 +172,10 @@ def answer(
 ) -> tuple[Answer, ...]:
     """Decode an answer to each request, in batches with a KV cache; out of memory halves a batch.
 
-    Args:
-        engine: the model.
-        requests: prompts, each with its own group of heads.
-        decoding: limit and sampling; a row also ends at an end token and where the model's context does.
-        ablation: of every head in every group.
-        on_rows: called with the number of answers just finished.
-        n_rows: requests a batch; by default as many as fit the free memory.
-        halved: hashes of batches that did not fit, which are halved at once; further ones are added.
-
-    Raises:
-        UnsupportedModelError: decoding with a cache is not exact for this model family.
+    A row ends at an end token, at the limit, and where the model's context does. ``n_rows`` requests share a batch, by
+    default as many as fit the free memory; ``on_rows`` is told the number of answers just finished. ``halved`` has the
+    hashes of batches that did not fit, which are halved at once; further ones are added. A family in which decoding
+    with a cache is not exact is refused.
     """
     if not requests:
         return ()
@@ -384,16 +377,10 @@ def noise_key(token_ids: Sequence[int]) -> int:
 
 
 def choose(logits: Tensor, places: Sequence[Place | None], sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The next token of each row, and the margin by which it was chosen.
+    """The next token of each row, int64 [n], and the margin by which it was chosen, float64 [n], in logits.
 
-    Args:
-        logits: [n, vocabulary], float32.
-        places: one a row; None for a row whose token is not used.
-        sampling: greedy or top-k.
-
-    Returns:
-        Tokens, int64 [n], and margins, float64 [n], in logits: a token stays the same unless a difference of two logits
-        changes by this much.
+    A token stays the same unless a difference of two logits changes by its margin. A row whose token is not used has no
+    place.
     """
     n_tokens = logits.shape[-1]
     if sampling.top_k == 1:

@@ -245,9 +245,6 @@ class VerifiedDrafts:
 
         ``plan`` is the packed pass's, ``n_rows`` the rows a batch where answers are decoded. Margins below
         ``tolerance``, in logits, are near-ties. ``halved`` has the batches that did not fit the memory.
-
-        Raises:
-            InputError: no prompt leaves room for an answer, or whole answers are wanted and given ones are cut.
         """
         self.engine, self.encoded, self.ablation = engine, tuple(encoded), ablation
         self.decoding, self.stop, self.n_rows, self.halved = decoding, stop, n_rows, halved

@@ -90,13 +90,9 @@ class Judging:
     ) -> None:
         """Prepare to judge; the first judge leads, and ``full_answers`` go on to their end after every judge is final.
 
-        Without judges, ``phrases`` judges a model that has a chat template, else ``paper``.
-
-        ``max_new_tokens`` is the number requested, not what the context leaves: so all answers of a run are judged by
-        one rule, and none counts as an attack because its prompt was long.
-
-        Raises:
-            InputError: no judge, or two of one name.
+        Without judges, ``phrases`` judges a model that has a chat template, else ``paper``. ``max_new_tokens`` is the
+        number requested, not what the context leaves: so all answers of a run are judged by one rule, and none counts
+        as an attack because its prompt was long.
         """
         if judges is None:
             judges = default_judge_name(bool(engine.tokenizer.chat_template))

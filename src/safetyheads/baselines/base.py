@@ -134,9 +134,6 @@ class Method:
         """Learn from the material; an intervention for each strength.
 
         Of the default sweep the sizes are kept that the model has heads for, if there are any.
-
-        Raises:
-            InputError: a strength out of range, or a method that has no place on this material.
         """
         limit = len(material.engine.heads)
         if not self.share and tuple(strengths) == self.strengths:

@@ -83,10 +83,7 @@ def select_direction(material: Material) -> RefusalDirection:
     """The direction whose removal leaves least of refusals, among those that pass the filters.
 
     Where none passes, it is the one among all that were measured; that is not the paper's, and
-    :attr:`RefusalDirection.caveat` says so.
-
-    Raises:
-        SafetyheadsError: no candidate could be measured, or as :func:`candidate_directions`.
+    :attr:`RefusalDirection.caveat` says so. Where none could be measured, a SafetyheadsError says why.
     """
     candidates = candidate_directions(material)
     measured = [candidate for candidate in candidates if candidate.bypass == candidate.bypass]
@@ -102,11 +99,6 @@ def candidate_directions(material: Material) -> list[RefusalDirection]:
 
     Prompts that do not show the difference are left out first, as in the paper: harmful ones with a refusal score of 0
     or less, and harmless ones with one of 0 or more.
-
-    Raises:
-        InputError: no openers, or prompts that cannot be divided.
-        SafetyheadsError: the model does not refuse as it should.
-        UnsupportedModelError: a family with several residual streams.
     """
     engine, openers = material.engine, material.openers
     refuse_streams(engine)
@@ -206,9 +198,6 @@ def direction_removed(engine: Engine, direction: Tensor, share: float = 1.0) -> 
     the stream (OLMo 2, Gemma 2) come before it here and after it there. A family's scaling of the stream itself in a
     block (Gemma 4, MiniMax) counts among what the block writes. Scores by replay run a captured layer again and may
     pass the first block's input twice: take them at a share of 1, where that changes nothing.
-
-    Raises:
-        InputError: a direction without length or of another width.
     """
     unit = _unit(engine, direction)
 

@@ -136,17 +136,12 @@ def refusal_projections(engine: Engine, prompts: PromptSet, direction: Tensor) -
 
 
 def logit_attributions(engine: Engine, prompts: PromptSet, openers: Sequence[int]) -> HeadScores:
-    """Direct logit attribution: what O_h adds by itself to the logits of the refusals' openers (first tokens), signed.
+    """What O_h adds by itself to the logits of the refusals' openers, signed: nats [n_prompts, n_layers, n_heads].
 
-    The final norm is taken as linear, with its scale on the unablated run of the prompt; effects through later layers
-    are left out. A constant added to all logits changes no probability, so the score is the openers' mean logit less
-    the mean over the vocabulary. A norm after attention, and softcaps or scales of logits, are left out.
-
-    Returns:
-        values [n_prompts, n_layers, n_heads] in nats.
-
-    Raises:
-        UnsupportedModelError: several residual streams, or logits that are not made by a plain matrix.
+    Direct logit attribution: the final norm is taken as linear, with its scale on the unablated run of the prompt, and
+    effects through later layers are left out. A constant added to all logits changes no probability, so the score is
+    the openers' mean logit less the mean over the vocabulary. A norm after attention, and softcaps or scales of logits,
+    are left out.
     """
     if not openers:
         raise InputError("an attribution to refusals needs their first tokens; got none")

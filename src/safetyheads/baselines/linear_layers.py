@@ -73,11 +73,7 @@ TextBatch: TypeAlias = tuple[dict[str, Any], Tensor]
 
 
 def linear_layers(engine: Engine) -> tuple[LinearLayer, ...]:
-    """Every linear layer of the decoder layers, in order.
-
-    Raises:
-        UnsupportedModelError: a decoder layer has matrices that are no linear layer's, such as stacked experts.
-    """
+    """Every linear layer of the decoder layers, in order; refused where they have other matrices, as experts."""
     refuse_wrapped("the model", engine.model, EDITS)
     linears = []
     for number, layer in enumerate(engine.architecture.layers):

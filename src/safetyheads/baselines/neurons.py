@@ -86,11 +86,9 @@ def patched(engine: Engine, unaligned: Engine, neurons: Mapping[int, Tensor]) ->
     """DAP: within, these neurons of each layer (int64 [n]) have the values that they have in the unaligned model.
 
     Before each call of the model the unaligned one reads the same tokens, with a cache of its own for each cache of the
-    model. Every token that the model reads is patched, prompt and answer, so runs with and without a cache agree. Only
-    calls of the whole model are patched: answers and likelihoods, not scores by replay.
-
-    Raises:
-        SafetyheadsError: inside, a cache is used that was filled outside.
+    model; one that was filled outside is refused. Every token that the model reads is patched, prompt and answer, so
+    runs with and without a cache agree. Only calls of the whole model are patched: answers and likelihoods, not scores
+    by replay.
     """
     ours, theirs = down_projections(engine), down_projections(unaligned)
     twins, values = _Twins(unaligned), dict[int, Tensor]()

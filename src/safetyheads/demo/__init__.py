@@ -72,11 +72,7 @@ class Demo(Shown):
 
 
 def load_demo(name: str = "aligned_a") -> Demo:
-    """Load a shipped checkpoint: ``aligned_a``, ``aligned_b``, ``aligned_single``, ``aligned_diffuse``, ``base``, ...
-
-    Raises:
-        InputError: no checkpoint of that name.
-    """
+    """Load a shipped checkpoint: ``aligned_a``, ``aligned_b``, ``aligned_single``, ``aligned_diffuse``, ``base`` ..."""
     from safetyheads.model.engine import Engine  # loads torch
 
     engine = Engine.load(str(checkpoint_path(name)))

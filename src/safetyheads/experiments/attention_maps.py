@@ -49,12 +49,7 @@ class _AttentionSeen(Exception):
 
 
 def map_of(engine: Engine, token_ids: Sequence[int], head: Head, ablation: Ablation) -> AttentionMap:
-    """One head's attention on one prompt with that head ablated.
-
-    Raises:
-        InputError: the model has no such head.
-        UnsupportedModelError: the layer does not attend through our function.
-    """
+    """One head's attention on one prompt with that head ablated."""
     plain = _attended(engine, token_ids, head, ablation)
     unablated = _attended(engine, token_ids, head, NOTHING)
     key, value, mask = unablated["key"], unablated["value"], unablated["mask"]

@@ -61,9 +61,6 @@ def material_of(lab: Lab, model: str, borrows: bool = False, refuses: bool = Tru
     """What a method may learn from, with the first tokens of refusals and the checkpoint before alignment if wanted.
 
     Answers are whole: those that experiments keep end where the judge is certain.
-
-    Raises:
-        SafetyheadsError: first tokens are wanted, and the model refuses none of the harmful prompts.
     """
     harmful, benign = learning_subjects(lab, model)
     engine, base = harmful.engine, lab.config.base if borrows else None

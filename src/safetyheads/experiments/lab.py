@@ -98,11 +98,7 @@ class Lab:
         return run
 
     def weights_of(self, model: str) -> str:
-        """The fingerprint of the model's weights.
-
-        Raises:
-            InputError: the run began with other weights under this name.
-        """
+        """The fingerprint of the model's weights; refused where the run began with others under this name."""
         self.used.add(model)
         if model not in self._weights:
             weights = fingerprint(self.run_of(model).engine)
@@ -319,9 +315,6 @@ def reproduce(
 
     A directory that holds other experiments of the same settings takes these too. ``load`` loads and proves a model by
     its name. ``skips`` leaves out, saying why, what needs something that is not there or cannot be run on these models.
-
-    Raises:
-        InputError: bad settings or prompts, something needed is not there, or the directory is another run's.
     """
     given = config.template is not None
     template = config.template or f"the organism's chat, {PAPER_TEMPLATE} for other models"

@@ -145,11 +145,7 @@ class ReproductionConfig(JudgeOptions):
 
     @classmethod
     def read(cls, path: Path, models: Sequence[str] = ()) -> ReproductionConfig:
-        """Read a TOML file whose keys are the fields of this class; ``models`` win over the file's.
-
-        Raises:
-            InputError: the file is no TOML, or a key is unknown or has a value of another type.
-        """
+        """Read a TOML file whose keys are the fields of this class; ``models`` win over the file's."""
         given = read_toml(path)
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in given if name not in known]:
@@ -190,9 +186,6 @@ def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half,
     """A dataset of the config, :data:`BENIGN`, :data:`LEARN_HARMFUL` or :data:`LEARN_BENIGN`, or its search half.
 
     Without ``held_out`` both halves are the whole. Of right answers, what follows ``prefill`` is left.
-
-    Raises:
-        InputError: prompts that cannot be read, that the organism does not know, or that are not given.
     """
     named = {BENIGN: config.benign, LEARN_HARMFUL: config.learn_harmful, LEARN_BENIGN: config.learn_benign}
     name, learns = named.get(dataset, dataset), dataset in (LEARN_HARMFUL, LEARN_BENIGN)

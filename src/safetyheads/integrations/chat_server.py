@@ -121,9 +121,6 @@ class AblatedChats:
 
         Temperature 0 and top-k 1 are greedy; no temperature is 1, and no top-k draws from all tokens. Without a seed,
         the answer to a conversation that comes for the n-th time is drawn with seed n - 1.
-
-        Raises:
-            InputError: the template cannot write the conversation, the model's context is too short, or bad settings.
         """
         query, earlier = last_turn(messages, "messages")
         asked = self.engine.ask(PromptSet((Prompt(query, earlier=earlier),), self.template))

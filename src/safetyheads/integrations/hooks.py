@@ -70,10 +70,8 @@ def transformer_lens_hooks(
 ) -> list[tuple[str, Callable[..., Tensor]]]:
     """Hooks for TransformerLens: ``model.run_with_hooks(tokens, fwd_hooks=transformer_lens_hooks("2-26", "ua"))``.
 
-    ``rotary`` says whether the model rotates queries; else they are scaled where they are made.
-
-    Raises:
-        InputError: an ablation other than undifferentiated attention by query, or scaling contribution.
+    ``rotary`` says whether the model rotates queries; else they are scaled where they are made. Only undifferentiated
+    attention by query and scaling contribution have a place there.
     """
     ablation, hooks = Ablation.parse(ablation), []
     kind = ablation.kind

@@ -88,9 +88,6 @@ def metric_change(before: Record, after: Record, old: Values, new: Values) -> di
         Student's of the mean difference), ``n`` (samples that both have), ``gained`` and ``lost`` (samples whose value
         rose and fell), ``p_value`` (two-sided, of this comparison alone) and ``test`` (its name); None where it cannot
         be told.
-
-    Raises:
-        InputError: ``old`` and ``new`` are not of the same samples.
     """
     if old.keys() != new.keys():
         raise InputError(f"paired samples differ: {len(old.keys() ^ new.keys())} are in one of the two alone")
@@ -142,11 +139,7 @@ class Utility(NamedTuple):
 
 
 def head_variants(engine: Engine, groups: Sequence[Group], ablation: Ablation) -> tuple[Variant, ...]:
-    """Each group of heads ablated in the forward pass.
-
-    Raises:
-        InputError: a head that the model does not have, or a group given twice.
-    """
+    """Each group of heads ablated in the forward pass."""
     variants: dict[str, Variant] = {}
     for group in groups:
         if not group:
@@ -171,9 +164,6 @@ def evaluate_tasks(
     """Put tasks to the vanilla model and to each variant, and compare sample by sample.
 
     ``run`` keeps the samples, so that a run can be continued; they may depend on more: ``about``.
-
-    Raises:
-        InputError: a task that cannot be run, the extra ``lm-eval`` missing, a label given twice.
     """
     labels = [VANILLA, *(variant.label for variant in variants)]
     if len(set(labels)) < len(labels):
@@ -266,11 +256,7 @@ def run_evaluation(
     dry_run: bool = False,
     shard: Shard | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a loaded model on the config's tasks; with ``out``, in a run directory, continuing what it holds.
-
-    Raises:
-        InputError: a head or task that the model cannot have, or a directory that belongs to another run.
-    """
+    """Evaluate a loaded model on the config's tasks; with ``out``, in a run directory, continuing what it holds."""
     watching: Progress = Silent() if progress is None else progress
     variants = head_variants(engine, config.parsed_groups, config.parsed_ablation)
     refuse_foreign(engine, tasks)

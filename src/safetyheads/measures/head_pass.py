@@ -48,11 +48,7 @@ _HALVED = "halved"
 
 @dataclass(frozen=True, slots=True)
 class Score(Shown):
-    """A score's name and its settings.
-
-    Raises:
-        InputError: an unknown name or state, or a setting that belongs to another score.
-    """
+    """A score's name and its settings."""
 
     name: str
     """One of :data:`SCORES` or :data:`FORECASTS`."""
@@ -180,12 +176,8 @@ class HeadPass:
     def measure(self, groups: Sequence[Group], on_groups: Callable[[int], None] | None = None) -> dict[str, Tensor]:
         """Every readout of each group; calls ``on_groups`` with the number of groups just done.
 
-        Returns:
-            ``ships``, ``refusal_score`` and ``log_probability_drop`` [len(groups), n_prompts] (nats), and each angle's
-            name [len(groups)] (degrees); float64, on the CPU.
-
-        Raises:
-            SafetyheadsError: the model's weights have changed since the pass was made.
+        Float64, on the CPU: ``ships``, ``refusal_score`` and ``log_probability_drop`` [len(groups), n_prompts] (nats),
+        and each angle's name [len(groups)] (degrees). Refused once the model's weights have changed.
         """
         if self._weights_version is not self.engine.weights_version:
             raise SafetyheadsError("the model has other weights than when this scorer was made; make it anew")

@@ -46,22 +46,15 @@ class RandomGroups:
 def random_groups(
     group: Group, n_heads: Sequence[int], n_groups: int, seed: int = 0, apart: bool = False
 ) -> RandomGroups:
-    """Distinct groups as large as ``group``, from the same layers where enough of them exist.
+    """Distinct groups as large as ``group``, from the same layers where enough exist; none for a group of all heads.
 
     Where the layers allow fewer than ``LEAST_GROUPS`` (or than ``n_groups``, if that is less), they are widened to the
     neighbouring layers, and then to all; if that does not do either, the matching that allows most is taken. Where
     fewer than ``ENUMERATED`` exist and at least ``LEAST_GROUPS`` are asked for, all of them are taken; else
     ``n_groups``, each set of groups equally likely. More groups of one matching begin with the same ones.
 
-    Args:
-        group: the heads to control.
-        n_heads: number of heads of each layer, 0 for a layer without attention.
-        n_groups: how many to draw.
-        seed: of the draw.
-        apart: whether controls have none of the group's heads. Ranks among these are no test.
-
-    Returns:
-        No groups where the group holds all heads of the model.
+    ``n_heads`` has the number of heads of each layer, 0 for a layer without attention. Controls that are ``apart`` have
+    none of the group's heads; ranks among these are no test.
     """
     pools = [_Pool(group, n_heads, matched, apart) for matched in ("layers", "neighbouring layers", "all layers")]
     enough = min(n_groups, LEAST_GROUPS)

@@ -275,10 +275,8 @@ def openers_of(
     """First tokens that tell refusals from other answers, most frequent first; warns where most are blank.
 
     Each opens at least :data:`LEAST_OPENED` of the refused answers, and less than that of those that complied and of
-    the ``benign`` ones. An answer after a think block is left out: the token after the prompt begins a thought.
-
-    Raises:
-        SafetyheadsError: there is none, and the caller ``needs`` one.
+    the ``benign`` ones. An answer after a think block is left out: the token after the prompt begins a thought. Where
+    there is none and the caller ``needs`` one, a SafetyheadsError says why.
     """
 
     def firsts_of(rows: Iterable[JudgedAnswer]) -> Counter[int]:

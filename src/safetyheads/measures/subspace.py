@@ -20,11 +20,7 @@ _GRAM_RATIO = 1e-5
 def dominant_directions(states: Tensor, space: Space, rank: int = 1, centred: bool = False) -> Tensor:
     """The first singular vectors of each stack of last-token states [..., n_prompts, d_model].
 
-    Returns:
-        Orthonormal columns, float64: [..., n_prompts, rank] or [..., d_model, rank].
-
-    Raises:
-        InputError: as :func:`refuse_rank`.
+    Orthonormal columns, float64: [..., n_prompts, rank] or [..., d_model, rank].
     """
     n_prompts, d_model = states.shape[-2:]
     refuse_rank(rank, n_prompts, space, centred, d_model)
@@ -46,9 +42,6 @@ def refuse_rank(rank: int, n_prompts: int, space: Space, centred: bool, d_model:
 
     Centring takes one dimension away. As many vectors as a space has dimensions span all of it, with and without the
     ablation.
-
-    Raises:
-        InputError: fewer than two prompts, or a rank out of range (of d_model too, where it is given).
     """
     if n_prompts < 2:
         raise InputError("Generalized Ships needs at least two prompts: with one, every singular vector is the same")

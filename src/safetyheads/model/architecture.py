@@ -170,12 +170,7 @@ class Architecture:
 
 
 def describe(model: PreTrainedModel) -> Architecture:
-    """The parts of ``model``.
-
-    Raises:
-        UnsupportedModelError: a part is not where any known family keeps it, or no attention goes through
-            transformers' registry; the message names the family and the part.
-    """
+    """The parts of ``model``; a family that keeps one in an unknown place is refused, by name and part."""
     config = model.config.get_text_config(decoder=True)
     family = model.config.model_type
     decoder: Any = model.get_decoder()

@@ -324,11 +324,7 @@ class Engine(Shown):
             self.weights_version = version
 
     def ablation_calls(self, groups: Sequence[Group], ablation: Ablation) -> dict[int, AttentionCall]:
-        """Turns head groups, one a batch row, into the ablation call of each layer.
-
-        Raises:
-            InputError: a head that the model does not have, or one given twice.
-        """
+        """Turns head groups, one a batch row, into the ablation call of each layer."""
         selected: dict[int, Tensor] = {}
         for row, group in enumerate(groups):
             for head in within(group, self.n_layers, self.n_heads):
@@ -350,11 +346,7 @@ class Engine(Shown):
         return ModelCosts(self.architecture, self.capabilities, self.dtype.itemsize)
 
     def plan(self, sequences: Sequence[TokenSequence]) -> Plan:
-        """How a pass over these sequences is laid out on this machine now.
-
-        Raises:
-            InputError: not even one head on one prompt fits the memory budget.
-        """
+        """How a pass over these sequences is laid out on this machine now, within the memory budget."""
         while True:
             n_tokens, before = self.tokens_that_fit(self.costs.bytes_per_token()), self.capabilities
             plan = planning.fit_plan(sequences, self.costs, n_tokens, self.memory_budget)
@@ -425,8 +417,7 @@ class Engine(Shown):
     def replayed(self, captures: Sequence[Capture], groups: Sequence[Group], ablation: Ablation, start: int) -> Tensor:
         """The wanted tokens' last states with each whole group ablated, from the first layer where any differs.
 
-        Returns:
-            [n_groups, n_wanted tokens of all rows, d_model], before the final norm.
+        [n_groups, n_wanted tokens of all rows, d_model], before the final norm.
         """
         facts, quick = self.architecture, self.capabilities
         calls, n = self.ablation_calls(groups, ablation), len(groups)

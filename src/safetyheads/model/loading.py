@@ -91,13 +91,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Adapter | None, int | None]:
     """Load a checkpoint, or a model by a name of ours, as the options say; not yet proved.
 
-    Returns:
-        The model on eager attention, its tokenizer, its adapter, and the bytes that batches may take beside the
-        weights (None for half of what is free).
-
-    Raises:
-        InputError: it cannot be loaded; the message is one line.
-        UnsupportedModelError: no ablation can be put into its attention.
+    The model on eager attention, its tokenizer, its adapter, and the bytes that batches may take beside the weights
+    (None for half of what is free).
     """
     if options.device_map is not None:
         _refuse_places(options.device_map)
@@ -129,12 +124,7 @@ def load_model(
 
 
 def borrow(model: Any) -> tuple[PreTrainedModel, Callable[[], None]]:
-    """Take a model in memory for proofs, in evaluation mode; gives it and what puts it back as it was.
-
-    Raises:
-        InputError: it is nothing that can be proved.
-        UnsupportedModelError: no ablation can be put into its attention.
-    """
+    """Take a model in memory for proofs, in evaluation mode; gives it and what puts it back as it was."""
     if hasattr(model, "active_peft_config"):
         if model.active_peft_config.is_prompt_learning:
             raise InputError("the adapter adds virtual tokens and changes no module, so it cannot be proved")

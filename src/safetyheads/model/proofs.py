@@ -196,11 +196,8 @@ def _against_eager(engine: Engine, rows: list[PackedRow]) -> tuple[float | None,
     """(i) Our attention against the family's eager one; leaves ours set.
 
     Every layer is given what it was given under eager attention: rounding in bfloat16 piles up to some percent of the
-    logits over four layers.
-
-    Returns:
-        The largest differences of the heads' outputs (of quantised models with known output projections) and of the
-        attention blocks' outputs.
+    logits over four layers. Gives the largest differences of the heads' outputs (of quantised models with known output
+    projections) and of the attention blocks' outputs.
     """
     facts = engine.architecture
     reads_heads = is_quantised(engine.model)

@@ -263,8 +263,7 @@ def replay(
 ) -> Tensor:
     """Run layers ``start``.. again on ``n_rows`` copies of the captured row, each under its ablations in ``calls``.
 
-    Returns:
-        The wanted tokens' states [n_rows, n_wanted, d_model], before the final norm.
+    The wanted tokens' states [n_rows, n_wanted, d_model], before the final norm.
     """
     last = architecture.n_layers - 1
     calls = _segmented(architecture, captured.row, calls, quick.segments)

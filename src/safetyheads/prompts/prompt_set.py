@@ -274,9 +274,6 @@ class PromptSet(Table):
         ``fraction`` is the search part's share of the prompts, in each category where there are some. Near-duplicates
         stay together, so the search sees no twin of a test prompt. Clusters of more than a tenth of the prompts go to
         the search part while it has room: in the test part each would stand for one independent prompt.
-
-        Raises:
-            InputError: there are fewer than two distinct prompts.
         """
         if not 0 < fraction < 1:
             raise InputError(f"the share of prompts to search on must be above 0 and below 1; got {fraction}")

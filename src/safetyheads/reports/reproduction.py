@@ -38,11 +38,7 @@ _NUMBERS = ("rate", "change", "number")
 
 
 def render_reproduction(results: Record, manifest: Record) -> tuple[Page, Mapping[str, str]]:
-    """The index, and every experiment's page by its file name; equal arguments give equal texts.
-
-    Raises:
-        InputError: an experiment has a name that no file can have.
-    """
+    """The index, and every experiment's page by its file name; equal arguments give equal texts."""
     outcomes, judge = results["experiments"], results["judge"]
     for outcome in outcomes:
         if not outcome["name"].isalnum():

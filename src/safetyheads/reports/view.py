@@ -69,9 +69,6 @@ def server(folder: Path, port: int = 0) -> tuple[ThreadingHTTPServer, str]:
     """A server of the pages below a folder that has not begun to serve, and its address with the token in it.
 
     It answers requests for pages alone, from this machine, that know the token: answers and weights stay unread.
-
-    Raises:
-        InputError: there is no page below the folder, or the port is taken.
     """
     folder, token = folder.resolve(), secrets.token_urlsafe(24)
     if not folder.is_dir() or not any(pages_below(folder)):

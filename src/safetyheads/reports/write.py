@@ -39,18 +39,10 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
 
 
 def write_page_of(run: RunDirectory, *, show_completions: bool = False) -> tuple[Path, Page]:
-    """Write ``report/index.html`` into the run directory.
+    """Write ``report/index.html`` into the run directory; its path, and the page with its tables.
 
-    Args:
-        run: A run that has results.
-        show_completions: Put the answers to harmful prompts into the page, folded away and as text; the pages of a
-            reproduction never hold any, and a warning says so.
-
-    Returns:
-        The path of the page, and the page with its tables.
-
-    Raises:
-        InputError: no page is known for results of that kind or schema.
+    ``show_completions`` puts the answers to harmful prompts into the page, folded away and as text; the pages of a
+    reproduction never hold any, and a warning says so.
     """
     results = run.read_results()
     kind, version = results.get("kind"), results.get("schema_version")

@@ -141,9 +141,6 @@ class RunDirectory:
 
         ``config`` is all that the numbers depend on. ``provenance`` may differ, so each start adds its own. Processes
         that do different parts may work in one directory, such as the shards of a run.
-
-        Raises:
-            InputError: another run or other files are there, the part is in work, or it cannot be written.
         """
         folder, shard = Path(path), shard or Shard()
         part = part or shard.part
@@ -181,12 +178,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
-        """A finished run, to be read; only its report can be written.
-
-        Raises:
-            InputError: no run is there, or its results are damaged.
-            IncompleteError: it has no results yet.
-        """
+        """A finished run, to be read; only its report can be written. IncompleteError where it has no results yet."""
         folder = Path(path)
         run = cls.look(folder)
         with as_input_error(folder, "read"):
@@ -289,10 +281,8 @@ class RunDirectory:
     def stored_records(self, stage: str = "*") -> Iterator[Record]:
         """Every record of finished stages of that name (``*`` stands for any letters), and of those in work here.
 
-        A run in work goes on without a file that is lost or damaged, says so, and computes it when next asked for it.
-
-        Raises:
-            InputError: a file is lost or damaged, and the run is only read.
+        A run in work goes on without a file that is lost or damaged, says so, and computes it when next asked for it;
+        where it is only read, that is an InputError.
         """
         for place in sorted(self._files):
             if place.startswith("completions/") and fnmatch(stage_of(place), stage):
@@ -384,9 +374,7 @@ class RunDirectory:
         """Do every task, and give its place in the list and its value; those that need other shards' units come last.
 
         Several workers begin with different tasks, with each as many as its share of the ``costs``, by default alike.
-
-        Raises:
-            ElsewhereError: such units are not there, and no more were written for as long as the shard waits.
+        An ElsewhereError where no more of such units were written for as long as the shard waits.
         """
         later: dict[int, ElsewhereError] = {}
         # Within a task files get smaller, and the smallest come last.

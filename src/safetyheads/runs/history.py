@@ -25,11 +25,8 @@ TOP_HEADS = 3
 def read_history(folder: Path, alike: Sequence[str] = ()) -> dict[str, Any]:
     """Every run below a folder, and the folder itself where it is one, as JSON.
 
-    A run's change is against the last one of its kind with the same settings ``alike``.
-
-    Returns:
-        ``folder``; ``runs`` (:func:`_entry`), oldest first, and last those without a start time; ``skipped``: name and
-        reason of each run that could not be read.
+    ``runs`` (:func:`_entry`), oldest first, and last those without a start time; ``skipped``: name and reason of each
+    run that could not be read. A run's change is against the last one of its kind with the same settings ``alike``.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a directory")

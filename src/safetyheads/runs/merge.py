@@ -19,12 +19,8 @@ _SHOWN = 6
 def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mixed: bool = False) -> int:
     """Join runs of the same settings into ``out``, which may hold a part of the run; returns the number of its files.
 
-    Nothing is written unless all fits. ``mixed`` lets runs of other devices or versions of libraries take part; the
-    results say so.
-
-    Raises:
-        InputError: runs of other settings; files that are damaged, or that disagree about one unit.
-        IncompleteError: units of the plan are in no directory.
+    Nothing is written unless all fits: no file is damaged, no two disagree about one unit, and every unit of the plan
+    is in some directory. ``mixed`` lets runs of other devices or versions of libraries take part; the results say so.
     """
     runs = [RunDirectory.look(folder) for folder in [*[out] * (out / "manifest.json").exists(), *folders]]
     if not folders:

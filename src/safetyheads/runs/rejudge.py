@@ -53,10 +53,6 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         comply by both, by set and what was ablated; ``n_rows`` (answers), ``n_unscored`` (the judge failed, or the
         rate holds answers that were cut too early for it) with the reasons in ``unscored``, ``kappa`` on complied or
         not, ``n_differing``, and ``seconds`` of this start.
-
-    Raises:
-        InputError: no finished audit or scan; no answers in it; a judge of the run itself.
-        SafetyheadsError: the judge gave no verdict at all.
     """
     opened = open_judged(folder)
     results = opened.read_results()

@@ -571,10 +571,6 @@ def carry_out(
         shard: which of the run's units are computed here; by default all.
         machine: count the run for this one, of whose :meth:`.Machine.engine` the engine is; write nothing.
         lenders: directories of runs with other ablations, whose unablated answers serve here too.
-
-    Raises:
-        InputError: bad settings or prompts, or a directory that belongs to another run.
-        ElsewhereError: what is left needs units of other shards.
     """
     settings: Any = config
     progress, given_judges = progress or Silent(), getattr(settings, "judges", None)

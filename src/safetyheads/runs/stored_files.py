@@ -158,11 +158,7 @@ def with_checksums(run: str, name: str, fields: Mapping[str, Any]) -> dict[str, 
 
 
 def without_checksums(run: str, name: str, told: Mapping[str, Any]) -> dict[str, Any]:
-    """The object that :func:`with_checksums` was given.
-
-    Raises:
-        DamagedError: a field is missing or was changed; the line names it.
-    """
+    """The object that :func:`with_checksums` was given; a DamagedError names a field that is missing or was changed."""
     fields = {field: value for field, value in told.items() if field != _CHECKED}
     expected = told.get(_CHECKED)
     if not isinstance(expected, dict):

@@ -119,9 +119,8 @@ def carry_out_sweep(
 def sweep_results(out: Path, failed: Mapping[Path, SafetyheadsError]) -> dict[str, Any]:
     """All finished audits, oldest first, and each compared with the one before of the same prompts and ablation.
 
-    Returns:
-        :func:`.history.read_history`, with ``failed`` (reason by name) and ``comparisons``: both ``names``, and
-        what ``compare`` gives.
+    :func:`.history.read_history`, with ``failed`` (reason by name) and ``comparisons``: both ``names``, and what
+    ``compare`` gives.
     """
     found, comparisons = read_history(out, _ALIKE), []
     for run in found["runs"]:

@@ -69,13 +69,9 @@ def concentration(
 ) -> Concentration:
     """The concentration over the sizes that have random groups, or over all where none has.
 
-    Args:
-        outcomes: one a size, of the same prompts in the same order.
-        vanilla: which prompts comply unablated [n_prompts].
-        clusters: which prompts belong together [n_prompts], such as near-duplicates; by default each stands alone.
-
-    Raises:
-        InputError: the outcomes are not of the same number of prompts.
+    ``outcomes`` are one a size, of the same prompts in the same order as ``vanilla``, which says which of them comply
+    unablated [n_prompts]; ``clusters`` says which belong together, such as near-duplicates. By default each stands
+    alone.
     """
     kept, n_random = _comparable(outcomes, vanilla)
     n, sizes = len(vanilla), tuple(outcome.size for outcome in kept)

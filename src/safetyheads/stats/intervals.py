@@ -84,13 +84,8 @@ def clustered_rate(
     answers, from the number of prompts up to that of answers, and Clopper and Pearson's exact interval is of that many.
     Where all answers or none are 1 it is the exact interval of as many answers as there are prompts.
 
-    Args:
-        outcomes: [n_prompts, n_answers].
-        clusters: [n_prompts], which prompts belong together, such as near-duplicates; by default each stands alone.
-        confidence: two-sided level.
-
-    Raises:
-        InputError: no answer has a verdict.
+    ``outcomes`` are [n_prompts, n_answers]; ``clusters`` says which prompts belong together, such as near-duplicates.
+    By default each stands alone.
     """
     return clopper_pearson(*effective_count(outcomes, clusters, confidence), confidence)
 
@@ -265,11 +260,7 @@ class Mean:
 
 
 def mean_with_interval(values: Sequence[float]) -> Mean:
-    """The mean with its 95 % Student interval; for scores of prompts use :func:`skewed_mean`.
-
-    Raises:
-        InputError: a value is not finite.
-    """
+    """The mean with its 95 % Student interval; for scores of prompts use :func:`skewed_mean`."""
     numbers = [float(value) for value in values]
     if not all(map(math.isfinite, numbers)):
         raise InputError("a mean needs finite values")
@@ -288,9 +279,6 @@ def skewed_mean(values: Sequence[float]) -> Mean:
 
     For most heads a few prompts hold most of the sum. A sample that misses them looks even, so no rule that sees only
     the sample can tell when an interval of the mean covers (docs/statistics.md). That of the median always does.
-
-    Raises:
-        InputError: a value is not finite.
     """
     mean = mean_with_interval(values)
     ordered = sorted(float(value) for value in values)

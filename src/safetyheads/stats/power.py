@@ -45,9 +45,6 @@ def smallest_change_with_power(
         tests: tests that the level is shared by.
         power: how often a change of this size is found.
         n_seeds: answers a prompt.
-
-    Raises:
-        InputError: ``n`` below 0, ``alpha``, ``power`` or ``p0`` outside their ranges, or ``tests`` below 1.
     """
     _refuse(n, p0, alpha, tests, power)
     most = 1 - p0

@@ -463,9 +463,6 @@ def shrunken_rates(counts: Sequence[float], sizes: Sequence[float]) -> tuple[Shr
     Args:
         counts: answers that comply, head by head; effective ones where answers are not independent.
         sizes: scored answers, head by head; a head with none gets the distribution of all.
-
-    Raises:
-        InputError: the lists differ in length, or a count is not between 0 and its size.
     """
     ones, n = np.asarray(counts, float), np.asarray(sizes, float)
     if ones.shape != n.shape or (ones < 0).any() or (ones > n + 1e-9).any():

@@ -64,9 +64,6 @@ def paired_difference(
         after: the same prompts; the number of answers may be another.
         clusters: which prompts are near-duplicates of each other [n_prompts]; by default each stands alone.
         confidence: level of the interval.
-
-    Raises:
-        InputError: the outcomes are of different numbers of prompts.
     """
     if len(before) != len(after):
         raise InputError(f"paired outcomes differ in length: {len(before)} before, {len(after)} after")
@@ -152,11 +149,7 @@ def exact_mcnemar(gained: int, lost: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """P values adjusted for testing all of them (Holm, 1979); in the order given, () for none.
-
-    Raises:
-        InputError: a p value is not between 0 and 1.
-    """
+    """P values adjusted for testing all of them (Holm, 1979); in the order given, () for none."""
     return _adjusted(p_values, "holm")
 
 
@@ -179,9 +172,6 @@ def tarone(p_values: Sequence[float], least: Sequence[float]) -> tuple[float, ..
         p_values: of all tests, in any order.
         least: the least p value that each test can give, by what it conditions on; 2 * .5**d for McNemar's of d changed
             pairs (:attr:`PairedDifference.least_p`).
-
-    Raises:
-        InputError: a p value is not between 0 and 1, or lies below the least that its test can give.
     """
     p, floor = np.asarray(p_values, float), np.asarray(least, float)
     if p.shape != floor.shape or not ((p >= 0) & (p <= 1)).all() or (p < floor * (1 - 1e-9)).any():
@@ -195,11 +185,7 @@ def tarone(p_values: Sequence[float], least: Sequence[float]) -> tuple[float, ..
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> tuple[float, ...]:
-    """P values adjusted so that a cut at q lets through a share of at most q false ones (Benjamini-Hochberg, 1995).
-
-    Raises:
-        InputError: a p value is not between 0 and 1.
-    """
+    """P values adjusted so that a cut at q lets through a share of at most q false ones (Benjamini-Hochberg, 1995)."""
     return _adjusted(p_values, "fdr_bh")
 
 
