@@ -57,10 +57,10 @@ class Table(Shown):
         return pandas.DataFrame(self.to_rows())
 
 
-def rate_row(rate: Row, name: str = "asr") -> dict[str, Any]:
-    """A rate as columns: the rate under ``name``, its 95 % interval, counts."""
+def rate_row(rate: Row) -> dict[str, Any]:
+    """An ASR as columns: the rate, its 95 % interval, counts."""
     low, high = rate["interval"] or (None, None)
-    return {name: rate["rate"], "low": low, "high": high, "count": rate["count"], "n": rate["n"]}
+    return {"asr": rate["rate"], "low": low, "high": high, "count": rate["count"], "n": rate["n"]}
 
 
 def chart(kind: Literal["map", "curve", "scatter"], rows: Sequence[Row], x: str, y: str, value: str) -> Chart:

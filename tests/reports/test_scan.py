@@ -15,11 +15,10 @@ from report_pages import Page, check_closed, check_hostile, check_snapshot, chec
 from scan_samples import Sample
 
 from safetyheads.judges.named import judge_named
-from safetyheads.reports.scan import SETS, drill_data, head_columns, judged_rows, render_scan
+from safetyheads.reports.scan import SETS, head_columns, judged_rows, render_scan, shown_answers
 from safetyheads.reports.write import write_report
 from safetyheads.runs.config import Silent
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.rates import answer_table
 from safetyheads.runs.rejudge import rejudge
 
 MANIFEST = {"config": {"epsilon": 1e-5}, "plan_a": {}}
@@ -66,7 +65,7 @@ def test_the_answers_in_short_are_the_answers(name: str) -> None:
     sample = SAMPLES[name]
     rows = scan_samples.rows(sample)
     judges = [judge["name"] for judge in scan_samples.JUDGES[: sample.n_judges]]
-    made = drill_data(results_of(sample), answer_table(rows, "paper"), judges)
+    made = shown_answers(results_of(sample), rows, show_texts=False)["answers"]
     assert made is not None
     assert (made["n_left_out"], len(made["groups"])) == (0, 9)
     for kind in SETS if sample.benign else SETS[:1]:
@@ -84,7 +83,7 @@ def test_the_answers_in_short_are_the_answers(name: str) -> None:
                 assert (prompt, seed, said) == (row["id"], row["seed"], list(row["verdicts"].values()))
                 assert list(map(bool, state[2 * len(judges) :])) == [row["changed"], row["complete"]]
     # Heads without room are counted.
-    made = drill_data(results_of(sample), answer_table(rows, "paper"), judges[:1], room=300)
+    made = shown_answers(results_of(sample), rows, show_texts=False, room=300)["answers"]
     assert made is not None
     assert 1 <= len(made["groups"]) < 9
     assert len(made["groups"]) + made["n_left_out"] == 9

@@ -121,10 +121,14 @@ def side_by_side(
     groups: Sequence[Sequence[str]],
     chosen: Sequence[str],
     show_texts: bool,
+    texts_of: Collection[str] | None = None,
+    room: int = MAX_STATE_BYTES,
+    text_room: int = MAX_TEXT_BYTES,
 ) -> dict[str, Any]:
     """What pages show of the answers: unablated and under ``groups`` side by side, by category and by prompt.
 
     ``rows`` are the run's stored answers; the harmful set stands first among ``sets``; the tables are about ``chosen``.
+    Texts are those of ``texts_of`` (as for :func:`answers_data`), by default of all groups.
     """
     lead = results["lead_judge"]
     judges = [described["name"] for described in results.get("judges") or [{"name": lead}]]
@@ -139,9 +143,9 @@ def side_by_side(
     }
     named = {",".join(heads): stored[frozenset(heads)] for heads in groups if frozenset(heads) in stored}
     unablated, group = stored.get(frozenset(), {}), ",".join(chosen)
-    texts_of = ("", *named) if show_texts else ()
-    found: dict[str, Any] = {"answers": answers_data(unablated, named, judges, texts_of), "chosen_group": group}
-    found |= {"by_category": [], "by_prompt": []}
+    texts_of = () if not show_texts else ("", *named) if texts_of is None else texts_of
+    found: dict[str, Any] = {"chosen_group": group, "by_category": [], "by_prompt": []}
+    found["answers"] = answers_data(unablated, named, judges, texts_of, room, text_room)
     before = unablated.get(sets[0], [])
     # A group that was not asked all of them has nothing to compare.
     harmful = {name: of.get(sets[0], []) for name, of in named.items()}

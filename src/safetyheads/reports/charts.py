@@ -289,18 +289,8 @@ def tooltip(rows: Sequence[Row], titles: Mapping[str, str]) -> list[alt.Tooltip]
 def rows_tooltip(rows: Sequence[Row], x: str, y: str) -> list[alt.Tooltip]:
     """What a row of bars, lines and points tells."""
     titles = {"label": "name", "series": "series", "run": "run", "model": "model", "started": "started"}
-    titles |= {
-        "heads": "heads",
-        "x": x,
-        "y": y,
-        "low": "95 % from",
-        "high": "95 % to",
-        "n": "n",
-        "answers": "answers",
-        "limit": "limit",
-    }
-    titles |= {"limit": "limit of the gate"}
-    return tooltip(rows, titles)
+    titles |= {"heads": "heads", "x": x, "y": y, "low": "95 % from", "high": "95 % to", "n": "n"}
+    return tooltip(rows, titles | {"answers": "answers", "limit": "limit of the gate"})
 
 
 def rule_at(axis: Literal["x", "y"], value: float, scale: Mapping[str, Any], **mark: Any) -> alt.Chart:

@@ -17,29 +17,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from safetyheads.reports import tables
 from safetyheads.reports.answers import MAX_NAMED, MAX_PROMPTS
 from safetyheads.reports.charts import Spec, drawing_library, pictures
-from safetyheads.reports.tables import (
-    Cell,
-    Column,
-    Facts,
-    Table,
-    TableMaker,
-    change_cell,
-    coherence_words,
-    concentration_words,
-    interval,
-    mean_cell,
-    number,
-    p_value,
-    random_cell,
-    rate_cell,
-    rate_words,
-    sentence_case,
-    signed,
-    two,
-    value_cell,
-)
+from safetyheads.reports.tables import Column, Facts, Table, TableMaker, number
 from safetyheads.runs.directory import RunDirectory
 
 NO_HEADS = {"n_heads": 1, "scores": {"none": []}, "best_first": [], "group": [], "planted": [], "named": []}
@@ -188,14 +169,10 @@ def _environment() -> Environment:
     # StrictUndefined: a field that the results lack fails here, not as a blank on the page.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.loader = PackageLoader("safetyheads.reports", "templates")
-    for write in (number, two, signed, interval, p_value, rate_words, sentence_case):
-        environment.filters[write.__name__] = write
-    for made in (Cell, two, signed, number, p_value, rate_cell, mean_cell, change_cell, random_cell, value_cell):
-        environment.globals[made.__name__] = made
-    for found in (prompt_notes, concentration_words, coherence_words):
-        environment.globals[found.__name__] = found
-    environment.globals |= {"GLOSSARY": GLOSSARY, "contents": contents, "TONES": LABEL_TONES}
-    environment.globals["column"] = Column
+    cells = {name: made for name, made in vars(tables).items() if callable(made) and not name.startswith("_")}
+    environment.filters |= cells
+    environment.globals |= cells | {"GLOSSARY": GLOSSARY, "TONES": LABEL_TONES, "column": Column}
+    environment.globals |= {"contents": contents, "prompt_notes": prompt_notes}
     environment.globals["columns"] = lambda names: [Column(str(name)) for name in names]
     environment.globals |= {"MAX_PROMPTS": MAX_PROMPTS, "MAX_NAMED": MAX_NAMED}
     environment.filters["percent"] = lambda share: f"{number(100 * share, digits=2)} %"

@@ -11,13 +11,13 @@ import altair as alt
 
 from safetyheads.judges.base import LABELS
 from safetyheads.reports import charts
-from safetyheads.reports.answers import MAX_STATE_BYTES, MAX_TEXT_BYTES, answers_data, by_category, by_prompt
+from safetyheads.reports.answers import MAX_STATE_BYTES, MAX_TEXT_BYTES, side_by_side
 from safetyheads.reports.audit import MAX_TABLE_HEADS, group_curve, group_lines, rate_rows
 from safetyheads.reports.charts import Spec
 from safetyheads.reports.page import Page, command_of, render, under_headings
 from safetyheads.reports.tables import number, rate_words, two
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.rates import AnswerTable, GroupAnswers, answer_table, with_later_verdicts
+from safetyheads.runs.rates import AnswerTable, answer_table, with_later_verdicts
 from safetyheads.runs.stored_files import Record
 from safetyheads.stats.power import in_clusters
 
@@ -69,7 +69,7 @@ def render_scan(results: Results, manifest: Mapping[str, Any], rows: Sequence[Re
     benign = results["vanilla"].get("benign")
     judges = [judge["name"] for judge in results["judges"]]
     figures, columns = _figures(results), head_columns(results)
-    planted, strongest = results.get("planted_heads") or [], _strongest(results)
+    planted = results.get("planted_heads") or []
     badge = f"{len(differ)} head{'s change' if len(differ) > 1 else ' changes'} the ASR"
     if not differ:
         has_rate = results["vanilla"]["harmful"]["asr"]["rate"] is not None
@@ -106,14 +106,11 @@ def render_scan(results: Results, manifest: Mapping[str, Any], rows: Sequence[Re
         "judged": judged,
         "reasons": reasons,
         "show_texts": show_texts,
-        "chosen_group": strongest["head"] if strongest else "",
-        **_by_prompt(results, table, show_texts),
     }
     # A map of 16,128 heads and its answers leave less room than a small one.
     spent = len(json.dumps([figures, columns])) + len(charts.drawing_library()) + MAX_STATE_BYTES
     room = max(0, min(MAX_TEXT_BYTES, MAX_PAGE_BYTES - spent - _BYTES_OF_A_HEAD * len(listed)))
-    texts_of = heads_of_interest(results) if show_texts else ()
-    content["answers"] = drill_data(results, table, judges, texts_of, text_room=room)
+    content |= shown_answers(results, rows, show_texts, text_room=room)
     measured = {name: results[name] for name in ("model", "data", "ablation", "sampling", "settings", "judges")}
     measured |= {"tests": {name: results["statistics"][name] for name in ("test", "interval", "alpha", "n_seeds")}}
     return render("scan.html.j2", content, measured, manifest, figures, columns)
@@ -130,10 +127,6 @@ def judged_rows(
     for record in with_later_verdicts(run, records, judges):
         left_out = {"token_ids", "thought"} | (set() if record["group"] in with_texts_of else {"query", "text"})
         yield {name: value for name, value in record.items() if name not in left_out}
-
-
-def _ablated(head: str) -> str:
-    return f"{head} ablated" if head else "nothing ablated"
 
 
 def headline(results: Results) -> str:
@@ -215,15 +208,6 @@ def _followed(results: Results) -> list[dict[str, Any]]:
     return [{"head": name, "rates": [strength["heads"][name] for strength in results["epsilons"]]} for name in names]
 
 
-def _answers(table: AnswerTable, name: str, head: str, epsilon: float) -> GroupAnswers | None:
-    """The answers to a set under one head, or unablated where the head is the empty one."""
-    return (table["heads", name, epsilon] if head else table["vanilla", name, None]).get(head)
-
-
-def _judged_by(answers: GroupAnswers, judge: str) -> bool:
-    return all(judge in row["verdicts"] for row in answers.flat())
-
-
 def _judge_tables(
     results: Results, table: AnswerTable, judges: Sequence[str]
 ) -> tuple[list[tuple[str, list[dict[str, Any]]]], list[dict[str, Any]]]:
@@ -233,12 +217,15 @@ def _judge_tables(
     """
     rated, reasons, strongest = [], [], _strongest(results)
     for name in SETS:
-        heads = dict.fromkeys(["", strongest["head"] if strongest else ""])
-        answered = {_ablated(head): _answers(table, name, head, results["ablation"]["epsilon"]) for head in heads}
+        answered = {"nothing ablated": table["vanilla", name, None].get("")}
+        if strongest:
+            by_head = table["heads", name, results["ablation"]["epsilon"]]
+            answered[f"{strongest['head']} ablated"] = by_head.get(strongest["head"])
         rows: list[dict[str, Any]] = []
         for judge in judges:
+            there = {words: found for words, found in answered.items() if found is not None}
             states = {
-                words: found for words, found in answered.items() if found is not None and _judged_by(found, judge)
+                words: found for words, found in there.items() if all(judge in row["verdicts"] for row in found.flat())
             }
             for words, answers in states.items():
                 unscored = f"{answers.labels(judge)['unscored']}/{len(answers.flat())}"
@@ -257,41 +244,18 @@ def _judge_tables(
     return rated, reasons
 
 
-def drill_data(
-    results: Results,
-    table: AnswerTable,
-    judges: Sequence[str],
-    texts_of: Collection[str] = (),
-    room: int = MAX_STATE_BYTES,
-    text_room: int = MAX_TEXT_BYTES,
-) -> dict[str, Any] | None:
-    """The answers under each head for the page's script (:func:`.answers_data`), heads of interest first."""
-    heads = list(dict.fromkeys([*heads_of_interest(results), *(head["head"] for head in by_asr(results["heads"]))]))
+def shown_answers(results: Results, rows: Sequence[Record], show_texts: bool, **rooms: int) -> dict[str, Any]:
+    """Answers under each head side by side (:func:`.answers.side_by_side`), heads of interest first.
 
-    def sets_of(head: str) -> dict[str, list[Record]]:
-        found = {name: _answers(table, name, head, results["ablation"]["epsilon"]) for name in SETS}
-        return {name: answers.flat() for name, answers in found.items() if answers is not None}
-
-    ablated = {head: sets_of(head) for head in heads if head}
-    return answers_data(sets_of(""), ablated, judges, texts_of, room, text_room)
-
-
-def _by_prompt(results: Results, table: AnswerTable, show_texts: bool) -> dict[str, Any]:
-    """Rates of the strongest head by category, and what every head does to each prompt; nothing with many seeds."""
-    strongest, found = _strongest(results), {"by_category": list[Look](), "by_prompt": list[Look]()}
-    before = _answers(table, "harmful", "", 0)
-    if strongest is None or before is None or results["statistics"]["n_seeds"] > 1:
-        return found
-    places, ablated = [row["id"] for row in before.flat()], dict[str, list[Record]]()
-    for head in by_asr(results["heads"]):
-        answers = _answers(table, "harmful", head["head"], results["ablation"]["epsilon"])
-        if answers is not None and [row["id"] for row in answers.flat()] == places:
-            ablated[head["head"]] = answers.flat()
-    name, judge = strongest["head"], results["lead_judge"]
-    if name in ablated:
-        found["by_category"] = by_category(before.flat(), ablated[name], judge)
-        found["by_prompt"] = by_prompt(before.flat(), ablated, name, judge, show_texts)
-    return found
+    With many seeds no prompt has one label, so there is nothing to say by category and prompt.
+    """
+    of_interest, strongest = heads_of_interest(results), _strongest(results)
+    heads = dict.fromkeys([*of_interest[1:], *(head["head"] for head in by_asr(results["heads"]))])
+    alone = [row for row in rows if row["part"] in ("vanilla", "heads")]
+    alone = [row for row in alone if row["epsilon"] in (None, results["ablation"]["epsilon"])]
+    chosen = [strongest["head"]] if strongest else []
+    found = side_by_side(results, alone, SETS, [[head] for head in heads], chosen, show_texts, of_interest, **rooms)
+    return found if results["statistics"]["n_seeds"] == 1 else found | {"by_category": [], "by_prompt": []}
 
 
 # Figures.

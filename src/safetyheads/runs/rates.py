@@ -115,9 +115,9 @@ class GroupAnswers:
         """Where something holds of a record [n_prompts, n_seeds]: 0 or 1."""
         return np.array([[holds(record) for record in seeds] for seeds in self.records], float)
 
-    def coherent(self, judge: str | None = None) -> FloatArray:
+    def coherent(self) -> FloatArray:
         """Where an answer complied and is coherent [n_prompts, n_seeds]: 0, 1, or NaN without a verdict."""
-        complied = self.verdicts("complied", judge)
+        complied = self.verdicts()
         return np.where(np.isnan(complied), np.nan, complied * self.where(self.is_coherent))
 
     def is_coherent(self, record: Record) -> bool:
@@ -139,17 +139,16 @@ class GroupAnswers:
         """
         return self.where(lambda record: record["answered"] and self.is_coherent(record))
 
-    def complied(self, judge: str | None = None) -> list[float]:
+    def complied(self) -> list[float]:
         """Share of each prompt's answers that comply [n_prompts]; unscored ones count as not complied."""
-        shares: list[float] = np.nan_to_num(self.verdicts("complied", judge)).mean(axis=1).tolist()
+        shares: list[float] = np.nan_to_num(self.verdicts()).mean(axis=1).tolist()
         return shares
 
     # Rates.
 
-    def rate(self, *labels: Label, judge: str | None = None) -> Rate:
-        """The share of scored answers with one of the labels."""
-        counts: Any = sum(self.verdicts(label, judge) for label in labels)
-        return _counted(counts, self.clusters)
+    def rate(self, label: Label) -> Rate:
+        """The share of scored answers with the label."""
+        return _counted(self.verdicts(label), self.clusters)
 
     @property
     def asr(self) -> Rate:
@@ -190,19 +189,17 @@ class GroupAnswers:
         counts = Counter(record["verdicts"][judge or self.lead]["label"] for record in self.flat())
         return {label: counts[label] for label in LABELS}
 
-    def reasons(self, judge: str | None = None, with_details: bool = True) -> dict[str, int]:
-        """How often a judge gave each reason, most frequent first; details stand in parentheses."""
-        reasons = (record["verdicts"][judge or self.lead]["reason"] for record in self.flat())
+    def reasons(self, with_details: bool = True) -> dict[str, int]:
+        """How often each reason was given, most frequent first; details stand in parentheses."""
+        reasons = (record["verdicts"][self.lead]["reason"] for record in self.flat())
         counts = Counter(reason if with_details else reason.split(" (")[0] for reason in reasons)
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
     # Changes.
 
-    def change_from(
-        self, before: GroupAnswers, label: Label = "complied", judge: str | None = None
-    ) -> PairedDifference:
+    def change_from(self, before: GroupAnswers, label: Label = "complied") -> PairedDifference:
         """How the rate of a label changed, over prompts that are scored in both; by default the ASR."""
-        return paired_difference(before.verdicts(label, judge), self.verdicts(label, judge), self.clusters)
+        return paired_difference(before.verdicts(label), self.verdicts(label), self.clusters)
 
     def answered_change_from(self, before: GroupAnswers) -> PairedDifference:
         """How the rate of prompts that are answered changed."""
