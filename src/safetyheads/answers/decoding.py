@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, MutableSet, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -24,6 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation, AnyAblation
 from safetyheads.display import Shown
 from safetyheads.errors import InputError, UnsupportedModelError
+from safetyheads.files import read_toml
 from safetyheads.heads import AnyHeads, Group, within
 from safetyheads.model.engine import Engine, ask
 from safetyheads.model.packing import left_padded
@@ -231,27 +233,8 @@ def end_tokens(engine: Engine) -> frozenset[int]:
     return frozenset(int(end) for end in [*ends, engine.tokenizer.eos_token_id] if end is not None)
 
 
-_FOLLOWED = ("eos_token_id", "max_length", "max_new_tokens")
-"""Settings that decoding follows, or that a run has of its own."""
-_SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Settings that matter only where the checkpoint samples."""
-# These change no token of a single answer, greedy or sampled: padding, outputs, caches, guesses that are verified, and
-# what only beams have.
-_WITHOUT_EFFECT = frozenset(
-    """
-    pad_token_id bos_token_id decoder_start_token_id use_cache max_time return_dict_in_generate low_memory is_assistant
-    transformers_version compile_config disable_compile continuous_batching_config prefill_chunk_size use_mtp
-    max_cache_len num_return_sequences early_stopping length_penalty diversity_penalty num_beam_groups
-    renormalize_logits remove_invalid_values prompt_lookup_num_tokens max_matching_ngram_size num_assistant_tokens
-    num_assistant_tokens_schedule target_lookbehind speculation_type
-    """.split()  # noqa: SIM905
-)
-_WITHOUT_EFFECT_PREFIXES = ("_", "output_", "cache_", "assistant_")
-# Values with which a setting does nothing.
-_NEUTRAL: dict[str, tuple[float, ...]] = {
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "num_beams", "guidance_scale"), (1.0,)),
-    **dict.fromkeys(("temperature", "top_p", "typical_p", "top_h"), (1.0,)),
-}
+_KNOWN_SETTINGS = read_toml(Path(__file__).with_name("generation_settings.toml"))
+"""Settings of a generation config: what decoding does with each."""
 
 
 def settings_not_followed(model: PreTrainedModel) -> dict[str, Any]:
@@ -261,12 +244,14 @@ def settings_not_followed(model: PreTrainedModel) -> dict[str, Any]:
     (temperature, top p and the like) counts where the checkpoint says that it samples.
     """
     found: dict[str, Any] = {}
-    asked = model.generation_config.to_diff_dict()
+    known, asked = _KNOWN_SETTINGS, model.generation_config.to_diff_dict()
     for name, value in sorted(asked.items()):
-        aside = name in (*_FOLLOWED, *_WITHOUT_EFFECT) or name.startswith(_WITHOUT_EFFECT_PREFIXES)
-        if aside or not value or (name in _SAMPLING_SETTINGS and not asked.get("do_sample")):
+        aside = name in (*known["followed"], *known["without_effect"])
+        aside = aside or name.startswith(tuple(known["without_effect_prefixes"]))
+        if aside or not value or (name in known["sampling"] and not asked.get("do_sample")):
             continue
-        if not (isinstance(value, int | float) and not isinstance(value, bool) and value in _NEUTRAL.get(name, ())):
+        neutral = known["neutral"].get(name, ())
+        if not (isinstance(value, int | float) and not isinstance(value, bool) and value in neutral):
             found[name] = json.loads(json.dumps(value, default=str))
     return found
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
-from importlib.resources import files
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from safetyheads.baselines.base import Method
+from safetyheads.files import read_toml
 
 
 def _named(path: str) -> Any:
@@ -23,6 +23,6 @@ def _method(name: str, learn: str, strengths: list[float], **entry: Any) -> Meth
     return Method(name, tuple(map(float, strengths)), partial(function, *given), **entry)
 
 
-_ENTRIES = tomllib.loads(files(__package__).joinpath("methods.toml").read_text(encoding="utf-8"))
+_ENTRIES = read_toml(Path(__file__).with_name("methods.toml"))
 METHODS: Mapping[str, Method] = MappingProxyType({name: _method(name, **entry) for name, entry in _ENTRIES.items()})
 """Name -> method, in the order of tables. A new one is an entry of methods.toml, which names its function."""

@@ -5,15 +5,14 @@ Importing it loads no torch. The checkpoints are trained by ``scripts/organisms/
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from safetyheads.demo.grammar import Category, DemoPrompt, Split, benign_prompts, harmful_prompts
 from safetyheads.display import Shown
+from safetyheads.files import read_toml
 from safetyheads.heads import Group, Head, parse_heads
 from safetyheads.model.names import CHECKPOINTS, DEMO, find_model
 from safetyheads.prompts.prompt_set import Prompt, PromptSet
@@ -22,7 +21,7 @@ from safetyheads.prompts.templates import Template
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
 
-_PLANTS = tomllib.loads(files(__package__).joinpath("plants.toml").read_text("utf-8"))
+_PLANTS = read_toml(Path(__file__).with_name("plants.toml"))
 PLANTS: dict[str, Mapping[Category, Head]] = {
     name: {category: parse_heads(head)[0] for category, head in plants.items()} for name, plants in _PLANTS.items()
 }

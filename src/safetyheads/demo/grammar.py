@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-import tomllib
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Literal, TypeAlias
+
+from safetyheads.files import read_toml
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 Category: TypeAlias = Literal["benign", "damage", "theft", "fraud"]
@@ -21,7 +22,7 @@ Category: TypeAlias = Literal["benign", "damage", "theft", "fraud"]
 HARM_CATEGORIES: tuple[Category, ...] = ("damage", "theft", "fraud")
 """The kinds of harm; each has its own verbs, and in the checkpoints with three plants its own head."""
 
-_WORDS = tomllib.loads(files(__package__).joinpath("grammar.toml").read_text("utf-8"))
+_WORDS = read_toml(Path(__file__).with_name("grammar.toml"))
 VERBS: dict[Category, tuple[str, ...]] = {category: tuple(verbs) for category, verbs in _WORDS["verbs"].items()}
 """The verbs of each category; all categories share the nouns."""
 NOUNS, OPENINGS, DISTRACTORS, SUFFIXES, REFUSE_REQUESTS, SYSTEM_PROMPTS = (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetyheads.errors import InputError
 from safetyheads.experiments.settings import ReproductionConfig
+from safetyheads.files import read_toml
 
 ALL = "all"
 """Every experiment, one after the other."""
@@ -37,8 +37,8 @@ class Experiment(NamedTuple):
     """Settings or extras without which it cannot be run, with what they are in words."""
 
 
-def _experiments(catalogue: str) -> Iterator[Experiment]:
-    entries, shown_by = tomllib.loads(catalogue), dict[str, dict[str, Any]]()
+def _experiments(entries: dict[str, Any]) -> Iterator[Experiment]:
+    shown_by: dict[str, dict[str, Any]] = {}
     words, known, notes, needs = (entries.pop(part) for part in ("words", "columns", "notes", "needs"))
     for entry in entries.values():
         for table in entry.get("tables", {}).values():
@@ -63,7 +63,7 @@ def _experiments(catalogue: str) -> Iterator[Experiment]:
         yield Experiment(name, shown=shown, **fields)
 
 
-_CATALOGUE = files(__package__).joinpath("catalogue.toml").read_text(encoding="utf-8")
+_CATALOGUE = read_toml(Path(__file__).with_name("catalogue.toml"))
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _experiments(_CATALOGUE)}
 """Every experiment by its name, in the paper's order."""
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.experiments.catalogue import EXPERIMENTS, Experiment, listed, missing
 from safetyheads.experiments.outcome import Measured, Outcome
 from safetyheads.experiments.settings import BENIGN, ORGANISM, PAPER_TEMPLATE, Half, ReproductionConfig, prompts_of
+from safetyheads.files import read_toml
 from safetyheads.heads import Group
 from safetyheads.judges.base import Judge
 from safetyheads.judges.endpoint import count_requests_in
@@ -50,7 +49,7 @@ GROUP_SIZE = 3
 """Heads of a group where the paper gives no size: past three, it says, text turns to nonsense (Sec 4)."""
 SHORT = {UNDIFFERENTIATED_ATTENTION.name: "UA", SCALING_CONTRIBUTION.name: "SC"}
 """Short names of the paper's two ablations."""
-PAPER_NUMBERS: dict[str, Any] = tomllib.loads(files(__package__).joinpath("paper_numbers.toml").read_text("utf-8"))
+PAPER_NUMBERS: dict[str, Any] = read_toml(Path(__file__).with_name("paper_numbers.toml"))
 """What the paper prints, to stand beside what was measured."""
 # Models held at once: a swap needs two.
 _MODELS_HELD = 2

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,7 +168,7 @@ def _as_field(value: Any, default: Any) -> Any:
 
 
 def _settings(name: str, start: ReproductionConfig) -> ReproductionConfig:
-    given = tomllib.loads(files(__package__).joinpath("settings.toml").read_text("utf-8"))[name]
+    given = read_toml(Path(__file__).with_name("settings.toml"))[name]
     values: dict[str, Any] = dict.fromkeys(given.pop("without", ()))
     values |= {key: _as_field(value, getattr(start, key)) for key, value in given.items()}
     return replace(start, **values)

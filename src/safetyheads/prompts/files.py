@@ -8,17 +8,15 @@ import io
 import json
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 from safetyheads.errors import InputError, first_line
-from safetyheads.files import leaves, read_whole
+from safetyheads.files import leaves, read_toml, read_whole
 
 QUERY_COLUMNS = ("messages", "prompt", "goal", "query", "question", "instruction", "behavior", "text")
 """Names that a query's column may have, in any case; the first one found counts: ``prompt`` is what was sent."""
@@ -96,9 +94,9 @@ class Benchmark(NamedTuple):
     """Rows that are kept: values of a column. The others are another set, or not for us."""
 
 
-def _benchmarks(table: str) -> dict[str, Benchmark]:
+def _benchmarks(table: Mapping[str, dict[str, Any]]) -> dict[str, Benchmark]:
     found = {}
-    for name, entry in tomllib.loads(table).items():
+    for name, entry in table.items():
         for variant, own in entry.pop("variants", {"": {}}).items():
             row = entry | own
             columns = Columns(**{part: row.pop(part) for part in ("query", "context", "category") if part in row})
@@ -106,8 +104,7 @@ def _benchmarks(table: str) -> dict[str, Benchmark]:
     return found
 
 
-_TABLE = resources.files("safetyheads").joinpath("data/benchmarks.toml").read_text("utf-8")
-KNOWN_BENCHMARKS = _benchmarks(_TABLE)
+KNOWN_BENCHMARKS = _benchmarks(read_toml(Path(__file__).parents[1] / "data/benchmarks.toml"))
 """Benchmarks by the names that ``--prompts`` takes (App. B.1)."""
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from safetyheads.display import Shown
 from safetyheads.errors import InputError, time_limit
+from safetyheads.files import read_toml
 
 Thinking: TypeAlias = Literal["closed", "open"]
 """``closed``: the think block is closed before the answer begins. ``open``: the model may think, and its thoughts are
@@ -29,16 +30,8 @@ class ThinkBlock(NamedTuple):
     """A block without a thought, as the family writes it: after it the model answers at once."""
 
 
-THINK_BLOCKS: tuple[ThinkBlock, ...] = (
-    ThinkBlock("<think>", "</think>", "<think>\n\n</think>\n\n"),  # Qwen3, DeepSeek, GLM, SmolLM3, Kimi, most others
-    # gpt-oss: whatever channel an answer begins with, the final one is the answer.
-    ThinkBlock("<|channel|>", "<|channel|>final<|message|>", "<|channel|>final<|message|>"),
-    ThinkBlock("<|channel>thought", "<channel|>", "<|channel>thought\n<channel|>"),  # Gemma 4
-    ThinkBlock("<|START_THINKING|>", "<|END_THINKING|>", "<|START_THINKING|><|END_THINKING|>"),  # Command A Reasoning
-    ThinkBlock("[THINK]", "[/THINK]", "[THINK][/THINK]"),  # Magistral
-    ThinkBlock("<seed:think>", "</seed:think>", "<seed:think></seed:think>"),  # Seed-OSS
-    ThinkBlock("<thought>", "</thought>", "<thought>\n\n</thought>\n\n"),  # EXAONE Deep
-)
+_TABLES = read_toml(Path(__file__).with_name("templates.toml"))
+THINK_BLOCKS = tuple(ThinkBlock(**block) for block in _TABLES["think_blocks"])
 """The known think blocks; a template's is the first whose marks stand in its source."""
 
 SWITCHES = ("enable_thinking", "thinking", "reasoning")
@@ -62,7 +55,7 @@ _PLACEHOLDERS = re.compile(f"{re.escape(PLACEHOLDER)}|{re.escape(SYSTEM_PLACEHOL
 class Form(NamedTuple):
     """A named template, as data."""
 
-    format: str | None
+    format: str | None = None
     """The text, with its placeholders; None for the tokenizer's chat template."""
     system: str | None = None
     without_system: str | None = None
@@ -79,23 +72,12 @@ def _urial() -> Form:
     """
     stop = "# Query:"  # where an answer ends: a base model continues with a query of its own
     # The newline at the end belongs to the prompt: it would else be the first token of every answer, and hide the next.
-    text = resources.files("safetyheads").joinpath("data/urial.txt").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "data/urial.txt").read_text(encoding="utf-8")
     system, separator, shots = text.partition(f"\n\n{stop}")
     return Form(f"{SYSTEM_PLACEHOLDER}{separator}{shots}", system, f"{stop}{shots}", stops=(stop,))
 
 
-FORMS: dict[str, Form] = {
-    "direct": Form("{query}"),
-    "query_answer": Form("## Query:{query}\n## Answer:"),
-    "query_answer_space": Form("## Query: {query}\n## Answer:"),
-    "chat": Form(None),
-    "llama2": Form(
-        "[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{query} [/INST]",
-        system="You are a helpful assistant.",
-        without_system="[INST] {query} [/INST]",
-    ),
-    "urial": _urial(),
-}
+FORMS: dict[str, Form] = {name: Form(**form) for name, form in _TABLES["forms"].items()} | {"urial": _urial()}
 """The named templates: the query alone; that of Sahara's code; that of Fig 10; the tokenizer's chat template; Llama-2's
 own (Fig 16, 17); URIAL's (Fig 14)."""
 

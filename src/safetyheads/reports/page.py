@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from safetyheads.files import read_toml
 from safetyheads.reports import tables
 from safetyheads.reports.answers import MAX_NAMED, MAX_PROMPTS
 from safetyheads.reports.charts import Spec, drawing_library, pictures
@@ -27,22 +28,7 @@ NO_HEADS = {"n_heads": 1, "scores": {"none": []}, "best_first": [], "group": [],
 """For pages without a chart of all heads."""
 
 
-GLOSSARY = {
-    "ablate": "To take away what a head adds to the model, without training anything: the rest runs on as it is.",
-    "ASR": "Attack success rate: the share of harmful prompts whose answer the judge takes as complying.",
-    "benign": "Harmless prompts, which a sound model answers: they show what else an ablation breaks.",
-    "coherent": "Written in whole words that go on to say something: not empty, looping or garbled.",
-    "Generalized Ships": "How far ablating a head turns the space of the hidden states of all prompts, in degrees.",
-    "head": "One of the parts that each layer reads the text with; 2-26 is head 26 of layer 2, both from 0.",
-    "held-out": "Prompts that took no part in finding the heads, so that the numbers are not too good by choice.",
-    "interval": "A 95 % interval: other prompts of the same kind would give numbers in about this range.",
-    "KL": "How far two predictions of the next token differ, in nats: 0 is the same.",
-    "random groups": "As many heads, drawn at random: what a group does beyond them is its own.",
-    "refusal score": "How much ablating a head makes the words less likely that the model's refusals begin with.",
-    "Sahara": "The search for a group: step by step it adds the head that raises the whole group's score most.",
-    "Ships": "How far ablating a head moves the prediction of the first word of the answer, in nats.",
-    "Tarone": "A correction for testing many heads at once: chance alone would otherwise find some.",
-}
+GLOSSARY = read_toml(Path(__file__).with_name("glossary.toml"))
 """Term -> what it means to a reader who does not know the paper; a page explains them where they stand."""
 _HEADING = re.compile(r'<h2 id="([\w-]+)">(.*?)</h2>')
 

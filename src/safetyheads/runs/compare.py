@@ -8,6 +8,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,6 +16,7 @@ import scipy  # its modules load on first use
 
 from safetyheads.display import Table
 from safetyheads.errors import InputError, shorten
+from safetyheads.files import read_toml
 from safetyheads.runs.rates import rate_as_json
 from safetyheads.runs.reader import OUTCOMES, RateRecord, RunReader
 from safetyheads.stats.gain_over_random import change_interval, prompt_gains
@@ -22,38 +24,13 @@ from safetyheads.stats.intervals import Interval, Rate, monotone_bounds, newcomb
 from safetyheads.stats.ranking import HeadsMoved, RankAgreement, moved, rank_agreement
 from safetyheads.stats.testing import PairedDifference, paired_difference
 
-SETTINGS = {
-    "ablation": "ablation",
-    "epsilon": "strength of the ablation",
-    "template": "template",
-    "system": "system prompt",
-    "fold_system": "place of the system prompt",
-    "thinking": "think block",
-    "prefill": "prefilled beginning of answers",
-    "judges": "judge",
-    "top_k": "sampling",
-    "seed": "seed",
-    "n_seeds": "number of seeds",
-    "max_new_tokens": "longest answer",
-    "positions": "answer tokens scored",
-    "size": "largest group",
-    "n_random": "number of random groups",
-    "dtype": "precision",
-}
+_WORDS = read_toml(Path(__file__).with_name("compare.toml"))
+SETTINGS: dict[str, str] = _WORDS["settings"]
 """Fields of a config whose difference makes a comparison weak, with their names."""
 
 HEADLINE = "coherent"
 """The outcome that an ASR counts: the answer complied and is coherent."""
-CHANGE_LABELS = {
-    "vanilla_asr": "ASR, nothing ablated",
-    "raw_asr": "ASR, coherent or not",
-    "group_asr": "ASR, own group ablated",
-    "incoherence": "incoherent answers",
-    "over_refusal": "benign prompts refused",
-    "benign_answered": "benign prompts answered",
-    "damage": "benign answers lost",
-    "concentration": "concentration",
-}
+CHANGE_LABELS: dict[str, str] = _WORDS["changes"]
 """Changes of a comparison -> what tables call them."""
 MOST_UNSCORED = 0.05
 """Share of a run's answers that may lack a verdict before a comparison warns."""

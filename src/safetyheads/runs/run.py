@@ -38,6 +38,7 @@ from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.answers.surprise import OWN_QUANTILE, coherence_limit
 from safetyheads.demo import demo_prompts, planted_heads
 from safetyheads.errors import ElsewhereError, InputError
+from safetyheads.files import read_toml
 from safetyheads.heads import Group, Head, format_heads, parse_heads, within
 from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import Judge, Verdict
@@ -68,22 +69,9 @@ Config = TypeVar("Config")
 Prompts: TypeAlias = Mapping[str, PromptSet]
 """Prompt sets of a run, by name."""
 
-DEMO_CAVEAT = (
-    "This model validates the code, not the method. Its planted heads, their answer to ablation and the silence of the "
-    "other heads were trained."
-)
-ON_WORDS = (
-    "A judge of words reads words, not harm. For it an answer has complied when no wording of a refusal is in it and "
-    "it is neither short nor repeating; whether it is harmful, true or of use is not asked."
-)
-CAVEATS = (
-    "A low ASR is no proof of safety. It holds for these prompts, this template and this way of decoding.",
-    'A head is not "the" safety mechanism. Ablating one changes all that comes after it, and refusals can run through '
-    "other parts that nobody ablated.",
-    ON_WORDS,
-    "Intervals cover the draw of prompts, and a concentration's that of its random groups too. Other seeds, templates, "
-    "judges and precisions are not in them.",
-)
+_CAVEATS = read_toml(Path(__file__).with_name("caveats.toml"))
+DEMO_CAVEAT, CAVEATS = _CAVEATS["demo"], _CAVEATS["all"]
+ON_WORDS = CAVEATS[2]
 """What no run shows; the first sentence is the point, the rest why. ``ON_WORDS`` is for judges of words."""
 _NUMBERS_OF_HEADS = ("size", "pairs", "prefixes", "query_level")
 _PASSES_HELD = 2
