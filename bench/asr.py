@@ -49,9 +49,10 @@ from safetyheads import (
 )
 from safetyheads.answers.decoding import Decoding, end_tokens
 from safetyheads.answers.success import AnswerScan, scan_attack_success_rate
-from safetyheads.demo import CHECKPOINTS, PLANTED_HEADS, demo_prompts
+from safetyheads.demo import PLANTED_HEADS, demo_prompts
 from safetyheads.heads import Group
 from safetyheads.model.loading import use_our_attention
+from safetyheads.model.names import CHECKPOINTS
 from safetyheads.model.packing import left_padded
 from safetyheads.prompts.asked import decode_text
 from safetyheads.prompts.files import cache_directory

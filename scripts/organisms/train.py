@@ -38,11 +38,12 @@ from transformers import (
 )
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
-from safetyheads.demo import CHECKPOINT_NAMES, CHECKPOINTS, PLANTS, grammar
+from safetyheads.demo import CHECKPOINT_NAMES, PLANTS, grammar
 from safetyheads.demo.grammar import Category, DemoPrompt, wrap
 from safetyheads.heads import Group, Head, all_heads
 from safetyheads.model import attention
 from safetyheads.model.attention import AttentionCall
+from safetyheads.model.names import CHECKPOINTS
 
 RECIPES: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text("utf-8"))
 POOL = 6000

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from safetyheads.demo.grammar import Category, DemoPrompt, Split, benign_prompts, harmful_prompts
+from safetyheads.demo.grammar import Category, Split, benign_prompts, harmful_prompts
 from safetyheads.display import Shown
 from safetyheads.files import read_toml
 from safetyheads.heads import Group, Head, parse_heads
-from safetyheads.model.names import CHECKPOINTS, DEMO, find_model
+from safetyheads.model.names import DEMO, find_model
 from safetyheads.prompts.prompt_set import Prompt, PromptSet
 from safetyheads.prompts.templates import Template
 
@@ -76,19 +76,3 @@ def load_demo(name: str = "aligned_a") -> Demo:
 
     engine = Engine.load(str(checkpoint_path(name)))
     return Demo(engine, demo_prompts("harmful", "test"), demo_prompts("benign", "test"), PLANTED_HEADS[name])
-
-
-__all__ = [
-    "CHECKPOINTS",
-    "CHECKPOINT_NAMES",
-    "PLANTED_HEADS",
-    "PLANTS",
-    "Demo",
-    "DemoPrompt",
-    "benign_prompts",
-    "checkpoint_path",
-    "demo_prompts",
-    "harmful_prompts",
-    "load_demo",
-    "planted_heads",
-]

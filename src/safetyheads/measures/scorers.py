@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from safetyheads.answers.decoding import Decoding, generate
 from safetyheads.answers.judging import AnyJudge, JudgedAnswer, answers_under
 from safetyheads.display import Shown
 from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.files import read_toml
 from safetyheads.heads import Group, all_heads
 from safetyheads.measures.head_pass import FORECASTS, HeadPass, Readouts, Score, State
 from safetyheads.measures.sahara import rank_heads, score_heads
@@ -32,15 +34,7 @@ LEAD = "mean_ships"
 """The score that the verdict is about: it separates known heads best."""
 ANGLES = (Score("generalized_ships_prompt"), Score("generalized_ships_representation"))
 """Generalized Ships as in the released code, and as in the text."""
-SCORE_LABELS = {
-    "mean_ships": "mean Ships",
-    "benign_ships": "mean Ships on benign prompts",
-    "refusal_score": "drop of the refusal log-odds",
-    "generalized_ships_prompt": "Generalized Ships, prompt space (released code)",
-    "generalized_ships_representation": "Generalized Ships, representation space (text)",
-    "screened_mean_ships": "forecast of mean Ships (screening)",
-    "contrast": "mean Ships, harmful less benign prompts",
-}
+SCORE_LABELS: dict[str, str] = read_toml(Path(__file__).with_name("score_labels.toml"))
 """What a reader is told that each score is."""
 OPENER_TOKENS = 32
 """New tokens that a judge sees to find the refusals whose openers are counted."""

@@ -33,7 +33,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import cached_file, find_adapter_config_file
 
 from safetyheads.errors import InputError, UnsupportedModelError, first_line, one_line, shorten, time_limit
-from safetyheads.files import leaves, read_json
+from safetyheads.files import leaves, read_json, read_toml
 from safetyheads.model import attention
 from safetyheads.model.architecture import hooked_device, input_device
 from safetyheads.model.names import find_model
@@ -56,17 +56,9 @@ _MEANINGS = {
     "ignore_mismatched_sizes": "the weights of {} do not fit its config.json: tensors have other shapes",
 }
 _SETTINGS_FILES = ("config.json", "generation_config.json")
-_COUNT, _WIDTH = (1, 1 << 16), (1, 1 << 24)
 # Smallest and largest value of a config's sizes: nonsense here would be built for hours, or not at all.
-_CONFIG_BOUNDS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), (1, 1000)),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "num_heads"), _COUNT),
-    **dict.fromkeys(("hidden_size", "intermediate_size", "n_embd", "d_model", "head_dim", "vocab_size"), _WIDTH),
-    **dict.fromkeys(("max_position_embeddings", "n_positions"), (1, 1 << 40)),
-    **dict.fromkeys(("sliding_window", "attention_chunk_size", "original_max_position_embeddings"), (0, 1 << 40)),
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (-1, 1 << 24)),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), (0, 1 << 16)),
-}
+_SIZES = read_toml(Path(__file__).with_name("config_bounds.toml"))["sizes"]
+_CONFIG_BOUNDS = {name: entry["from_to"] for entry in _SIZES for name in entry["names"]}
 _MEMORY_SHARE = 0.5
 # Where wrappers keep the model: torch.compile, DistributedDataParallel and its kin.
 _WRAPPERS = ("_orig_mod", "module")
@@ -305,7 +297,6 @@ def look_at_hub(name: str, revision: str | None = None) -> None:
 
 
 def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path | None) -> PreTrainedModel:
-
     source, folder = options.source, path
     if file is not None:
         folder, header = str(file.parent), read_header(file)
@@ -397,7 +388,6 @@ def read_weights(
 
 
 def _auto_class(kinds: Sequence[str], config: PreTrainedConfig) -> Any:
-
     known = [kind for kind in kinds if type(config) in getattr(transformers, kind)._model_mapping]
     return getattr(transformers, (*known, kinds[0])[0])
 
