@@ -249,15 +249,14 @@ def _compared(
 def run_evaluation(
     engine: Engine,
     config: EvalConfig,
-    out: Path | None,
+    out: Path,
     tasks: Sequence[LoadedTask],
-    progress: Progress | None = None,
-    command: Sequence[str] = (),
+    progress: Progress,
+    command: Sequence[str],
     dry_run: bool = False,
     shard: Shard | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a loaded model on the config's tasks; with ``out``, in a run directory, continuing what it holds."""
-    watching: Progress = Silent() if progress is None else progress
+    """Evaluate a loaded model on the config's tasks in a run directory, continuing what it holds."""
     variants = head_variants(engine, config.parsed_groups, config.parsed_ablation)
     refuse_foreign(engine, tasks)
     n_requests = (1 + len(variants)) * sum(task.n_requests for task in tasks)
@@ -267,10 +266,8 @@ def run_evaluation(
         line += f"; questions stand under the chat template{block}"
     if dry_run:
         return {"dry_run": True, "kind": "eval", "out": str(out), "requests": n_requests, "lines": [line]}
-    watching.say(line)
-    if out is None:
-        return _results(engine, config, tasks, evaluate_tasks(engine, tasks, variants, progress=watching))
-    with watching.track("fingerprinting the weights", 1):
+    progress.say(line)
+    with progress.track("fingerprinting the weights", 1):
         settings = {
             "kind": "eval",
             **config.as_dict(),
@@ -283,9 +280,9 @@ def run_evaluation(
             "device": device_name(engine),
             "versions": {**versions(), "lm_eval": require_lm_eval()},
         }
-    with run_directory(out, settings, watching, command, shard) as run:
+    with run_directory(out, settings, progress, command, shard) as run:
         started = time.monotonic()
-        run.write_results(_results(engine, config, tasks, evaluate_tasks(engine, tasks, variants, run, watching)))
+        run.write_results(_results(engine, config, tasks, evaluate_tasks(engine, tasks, variants, run, progress)))
         run.add_timings({"seconds": time.monotonic() - started, "finished": datetime.now(UTC).isoformat()})
         return run.read_results()
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
+from safetyheads.files import read_toml
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.model.options import LoadOptions, refuse_wrong_values
 from safetyheads.prompts.templates import Template
@@ -285,20 +286,7 @@ class RunConfig(AnswerOptions, AblationOptions, TemplateOptions, PromptOptions, 
     """Column of --benign that holds the prompts. Default: as --column."""
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {
-        "limit": 100,
-        "screen": True,
-        "candidates": 24,
-        "sample": 24,
-        "screen_once": True,
-        "chosen_size": True,
-        "needed_controls": True,
-        "control_tokens": 48,
-    },
-    "standard": {},
-    "paper": {"template": "query_answer", "judges": ("paper",), "size": 5},
-}
+PRESETS = read_toml(Path(__file__).with_name("presets.toml"))
 """Named settings of an audit; whatever is given by itself wins over them."""
 
 
@@ -306,7 +294,7 @@ def preset_settings(name: str) -> dict[str, Any]:
     """The settings of a preset; an InputError lists the known ones."""
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
-    return PRESETS[name]
+    return {field: tuple(value) if isinstance(value, list) else value for field, value in PRESETS[name].items()}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from safetyheads.stats.testing import ALPHA, least_changed
 POWER = 0.8
 """How often a change of the smallest size that is named would be found."""
 _LARGEST_N = 100_000
+_SHOWN_CHANGE = 0.2
 
 
 def in_clusters(n_clusters: int | None) -> str:
@@ -23,14 +24,9 @@ def in_clusters(n_clusters: int | None) -> str:
 
 
 def smallest_change_with_power(
-    n: int,
-    p0: float = 0.0,
-    alpha: float = ALPHA,
-    tests: int = 1,
-    power: float = POWER,
-    n_seeds: int = 1,
+    n: int, p0: float = 0.0, alpha: float = ALPHA, tests: int = 1, n_seeds: int = 1
 ) -> float | None:
-    """The smallest rise of a rate that ``n`` prompts show with this power; None where none can be.
+    """The smallest rise of a rate that ``n`` prompts show with :data:`POWER`; None where none can be.
 
     A rise is shown where the exact two-sided test is at most ``alpha / tests`` (Bonferroni, which is the first step of
     Holm's and never easier than Tarone's). Assumed: no prompt is lost, so that the changed pairs are binomial. With
@@ -43,59 +39,44 @@ def smallest_change_with_power(
         p0: the rate before; a rise is at most ``1 - p0``.
         alpha: level of the test.
         tests: tests that the level is shared by.
-        power: how often a change of this size is found.
         n_seeds: answers a prompt.
     """
-    _refuse(n, p0, alpha, tests, power)
-    most = 1 - p0
-    if _power(n, most, p0, alpha / tests, n_seeds) < power:
+    if n < 0 or tests < 1 or not 0 < alpha < 1 or not 0 <= p0 <= 1:
+        raise InputError(f"no power for n={n}, p0={p0}, alpha={alpha}, tests={tests}")
+    low, high = 0.0, 1 - p0
+    if _power(n, high, p0, alpha / tests, n_seeds) < POWER:
         return None
-    low, high = 0.0, most
     while high - low > 1e-6:
         middle = (low + high) / 2
-        if _power(n, middle, p0, alpha / tests, n_seeds) < power:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if _power(n, middle, p0, alpha / tests, n_seeds) < POWER else (low, middle)
     return high
 
 
-def prompts_needed(
-    change: float,
-    p0: float = 0.0,
-    alpha: float = ALPHA,
-    tests: int = 1,
-    power: float = POWER,
-    n_seeds: int = 1,
-) -> int | None:
-    """The fewest prompts that show a rise of this size with this power; None where 100,000 do not.
-
-    Arguments as for :func:`smallest_change_with_power`.
-    """
-    _refuse(0, p0, alpha, tests, power)
+def prompts_needed(change: float, p0: float = 0.0, tests: int = 1, n_seeds: int = 1) -> int | None:
+    """The fewest prompts that show such a rise (:func:`smallest_change_with_power`); None where 100,000 do not."""
     if not 0 < change <= 1 - p0 + 1e-12:
         return None
     low, high = 0, 8
-    while _power(high, change, p0, alpha / tests, n_seeds) < power:
+    while _power(high, change, p0, ALPHA / tests, n_seeds) < POWER:
         low, high = high, 2 * high
         if high > _LARGEST_N:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _power(middle, change, p0, alpha / tests, n_seeds) < power else (low, middle)
+        low, high = (middle, high) if _power(middle, change, p0, ALPHA / tests, n_seeds) < POWER else (low, middle)
     return high
 
 
-def prompts_line(n: int, change: float = 0.2, heads: int = 1, n_seeds: int = 1, n_clusters: int | None = None) -> str:
-    """What n prompts in so many clusters can show of one head of ``heads``, and how many would show ``change``."""
+def prompts_line(n: int, heads: int = 1, n_seeds: int = 1, n_clusters: int | None = None) -> str:
+    """What n prompts in so many clusters can show of one head of ``heads``, and how many would show a rise of .2."""
     of = f"one head of {heads}" if heads > 1 else "one group"
-    needed = prompts_needed(change, tests=heads, n_seeds=n_seeds)
+    needed = prompts_needed(_SHOWN_CHANGE, tests=heads, n_seeds=n_seeds)
     least = smallest_change_with_power(n if n_clusters is None else n_clusters, tests=heads, n_seeds=n_seeds)
     shown = "no change at all" if least is None else f"a rise of ASR of {least:.2f}"
     enough = "no number of prompts shows" if needed is None else f"{needed} prompts show"
     return (
         f"{n} prompts{in_clusters(n_clusters)} show {shown} for {of} in 80 % of runs (level {ALPHA:g}, corrected); "
-        f"{enough} one of {change:.2f}"
+        f"{enough} one of {_SHOWN_CHANGE:.2f}"
     )
 
 
@@ -109,11 +90,6 @@ def needed_for_bound(losses: int, bound: float) -> int:
     return bisect_left(
         range(enough), True, key=lambda n: n >= max(losses, 1) and one_sided_bounds(losses, n)[1] < bound
     )
-
-
-def _refuse(n: int, p0: float, alpha: float, tests: int, power: float) -> None:
-    if n < 0 or tests < 1 or not 0 < alpha < 1 or not 0 < power < 1 or not 0 <= p0 <= 1:
-        raise InputError(f"no power for n={n}, p0={p0}, alpha={alpha}, tests={tests}, power={power}")
 
 
 @lru_cache(4096)
