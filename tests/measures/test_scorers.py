@@ -28,9 +28,8 @@ from safetyheads.answers.judging import JudgedAnswer
 from safetyheads.judges.base import Verdict
 from safetyheads.measures.head_pass import SCORES, HeadPass, Readouts, Score
 from safetyheads.measures.scorers import (
+    FirstTokenWarning,
     Opener,
-    SharedFirstTokenWarning,
-    SharedOpenerWarning,
     answer_sequences,
     openers_of,
     scorer_named,
@@ -197,16 +196,16 @@ def opened(token, label="refused"):
 def test_an_opener_is_frequent_and_opens_no_other_answers(engine):
     refused = [opened(8)] * 30 + [opened(9)] * 8 + [opened(10)]
     complied, benign = [opened(9, "complied"), opened(11, "complied")], [opened(11, "complied")] * 30
-    with pytest.warns(SharedOpenerWarning, match="8 of 39 refusals, 1 of 2 complied"):
+    with pytest.warns(FirstTokenWarning, match="8 of 39 refusals, 1 of 2 complied"):
         (opener,) = openers_of(engine, refused + complied, benign=benign)
     assert (opener.token_id, opener.count, opener.n_refused, opener.of_complied, opener.of_benign) == (8, 30, 39, 2, 30)
     # One benign answer of 21 may begin like refusals; two may not. Benign refusals are no other answers.
     rare = [*[opened(11, "complied")] * 20, opened(8, "complied")]
     assert [found.token_id for found in openers_of(engine, refused, benign=rare)] == [8, 9]
-    with pytest.warns(SharedOpenerWarning, match="30 of 39 refusals, 2 of 22 benign"):
+    with pytest.warns(FirstTokenWarning, match="30 of 39 refusals, 2 of 22 benign"):
         assert [found.token_id for found in openers_of(engine, refused, benign=[*rare, opened(8, "safe")])] == [9]
     assert [found.token_id for found in openers_of(engine, refused, benign=[opened(8)] * 9)] == [8, 9]
-    with pytest.warns(SharedOpenerWarning), pytest.raises(SafetyheadsError, match="no token opens refusals alone"):
+    with pytest.warns(FirstTokenWarning), pytest.raises(SafetyheadsError, match="no token opens refusals alone"):
         openers_of(engine, [opened(8), opened(8, "complied")], needs=True)
 
 
@@ -232,7 +231,7 @@ def test_a_blank_first_token_of_every_answer_is_warned_of(engine, monkeypatch, o
     answer_sequences(engine, prompts_of(*PROMPTS[:2]), positions=1)
     assert not recwarn.list
     for score in (ships, mean_ships):
-        with pytest.warns(SharedFirstTokenWarning, match=r"token '\\n'.* positions=2"):
+        with pytest.warns(FirstTokenWarning, match=r"token '\\n'.* positions=2"):
             score(engine, same, UNDIFFERENTIATED_ATTENTION)
 
 

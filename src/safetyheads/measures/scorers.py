@@ -47,16 +47,8 @@ OnGroups: TypeAlias = Callable[[int], None] | None
 _SHARED = 0.9
 
 
-class SharedFirstTokenWarning(UserWarning):
-    """Nearly all unablated answers begin with one blank token, which hides what an ablation does to the words after."""
-
-
-class SharedOpenerWarning(UserWarning):
-    """A token opens refusals and other answers alike, so it is no opener."""
-
-
-class BlankOpenerWarning(UserWarning):
-    """Most refusals open with a blank token, as answers of every kind may do."""
+class FirstTokenWarning(UserWarning):
+    """First tokens hide what an ablation does to the words after them, or do not tell refusals from other answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +246,7 @@ def answer_sequences(engine: Engine, prompts: AnyPrompts, positions: int) -> tup
             warnings.warn(
                 f"{count} of {n} unablated answers begin with the same blank token {text!r}, which hides what an "
                 "ablation does to the words after it: use mean_ships with positions=2 or more",
-                SharedFirstTokenWarning,
+                FirstTokenWarning,
                 stacklevel=2,
             )
     return tuple(
@@ -297,7 +289,7 @@ def openers_of(
     if shared := [opener for opener in found if opener.is_frequent and opener.is_shared]:
         warnings.warn(
             f"left out of the refusal score, since other answers open so too: {'; '.join(map(str, shared))}",
-            SharedOpenerWarning,
+            FirstTokenWarning,
             stacklevel=2,
         )
     blank = sum(opener.count for opener in openers if not opener.text.strip())
@@ -305,7 +297,7 @@ def openers_of(
         warnings.warn(
             f"{blank} of {sum(firsts.values())} refusals open with a blank token, which answers may open with too: "
             "the refusal score says little here",
-            BlankOpenerWarning,
+            FirstTokenWarning,
             stacklevel=2,
         )
     if needs and not openers and any(row.thinks for row in answers):

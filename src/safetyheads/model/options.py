@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from safetyheads.errors import InputError
+from safetyheads.files import read_toml
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 """Precisions of the weights; ``auto`` keeps the checkpoint's own."""
@@ -20,23 +21,10 @@ STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 DEVICE = re.compile(r"cpu|auto|cuda(:\d{1,4})?")
 """How devices are written."""
-_MANY, _LONG = 100_000, 1 << 24
-_SHARES = ("alpha", "least_undone", "most_random", "most_lost", "most_unscored", "split")
+_BOUNDS = read_toml(Path(__file__).with_name("bounds.toml"))
+_SHARES: list[str] = _BOUNDS["shares"]
 BOUNDS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(
-        ("max_new_tokens", "top_k", "positions", "longest", "judge_tokens", "damage_tokens", "control_tokens"),
-        (1, _LONG),
-    ),
-    **dict.fromkeys(("size", "query_size", "n_seeds", "candidates", "rank", "batch_size"), (1, _MANY)),
-    **dict.fromkeys(("n_random", "pairs", "prefixes", "query_level", "n_shots", "sample"), (0, _MANY)),
-    **dict.fromkeys(("limit", "task_limit", "top"), (1, 1 << 40)),
-    **dict.fromkeys(("epsilon", "epsilons", "coherence_factor", "coherence_allowance"), (0, 1000)),
-    "seed": (0, (1 << 63) - 1 - _MANY),
-    "threads": (1, 4096),
-    "port": (0, 65535),
-    **dict.fromkeys(_SHARES, (0, 1)),
-    "most_kl": (0, 1000),
-    "memory": (0, 1 << 20),
+    name: tuple(entry["from_to"]) for entry in _BOUNDS["numbers"] for name in entry["fields"]
 }
 """Smallest and largest value of each number, by the name of its field."""
 # Of these, control characters are a part; all other texts are names.

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import compress
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -41,6 +40,7 @@ from safetyheads.runs.rates import (
     random_as_json,
 )
 from safetyheads.runs.run import (
+    SHORTENED,
     Damage,
     Kind,
     Run,
@@ -183,20 +183,7 @@ def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]
 
 def shortened(config: AuditConfig) -> list[str]:
     """What the settings leave out to save time, a sentence each."""
-    screened = (
-        "Heads were screened. Only those with the best forecasts, and a random sample of the others, were scored; one "
-        "search was made, by mean Ships, and none again on resampled prompts."
-    )
-    once = "Heads were screened once. Later steps of the search chose among the candidates of the first."
-    needed = "Random groups were answered only if the verdict could hang on them."
-    tested = "One size was tested. It was chosen on the search half; rates of the other sizes are not known."
-    cut = (
-        f"Answers of controls are short. Under random groups and single heads they end after {config.control_tokens} "
-        "tokens, so a refusal that begins later is not seen."
-    )
-    short = config.control_tokens is not None
-    settings = config.screen, config.screen_once, config.chosen_size, config.needed_controls, short
-    return list(compress((screened, once, tested, needed, cut), settings))
+    return [words.format(n=getattr(config, name)) for name, words in SHORTENED.items() if getattr(config, name)]
 
 
 # Stages.

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from safetyheads.ablation import SCALING_CONTRIBUTION
 from safetyheads.answers.decoding import Decoding, Request, ShortContextWarning, answer, row_bytes, rows_that_fit
 from safetyheads.errors import InputError
+from safetyheads.files import read_toml
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import bits_of_weights, load_shape
 from safetyheads.model.names import find_model
@@ -218,13 +220,7 @@ class Device(NamedTuple):
     link: float
 
 
-DEVICES = {
-    "A100": Device(80, 312, 19.5, 2.04, 32),
-    "A100-40": Device(40, 312, 19.5, 1.56, 32),
-    "H100": Device(80, 989, 67, 3.35, 64),
-    "H200": Device(141, 989, 67, 4.8, 64),
-    "L40S": Device(48, 362, 91.6, 0.86, 32),
-}
+DEVICES = {name: Device(*stated) for name, stated in read_toml(Path(__file__).with_name("machines.toml")).items()}
 """GPUs that can be named."""
 
 

@@ -70,7 +70,7 @@ Prompts: TypeAlias = Mapping[str, PromptSet]
 """Prompt sets of a run, by name."""
 
 _CAVEATS = read_toml(Path(__file__).with_name("caveats.toml"))
-DEMO_CAVEAT, CAVEATS = _CAVEATS["demo"], _CAVEATS["all"]
+DEMO_CAVEAT, CAVEATS, SHORTENED = (_CAVEATS[name] for name in ("demo", "all", "shortened"))
 ON_WORDS = CAVEATS[2]
 """What no run shows; the first sentence is the point, the rest why. ``ON_WORDS`` is for judges of words."""
 _NUMBERS_OF_HEADS = ("size", "pairs", "prefixes", "query_level")
