@@ -36,7 +36,7 @@ from safetyheads.measures.random_groups import random_groups
 from safetyheads.measures.sahara import sahara
 from safetyheads.model.engine import Engine
 from safetyheads.runs import audit
-from safetyheads.runs.config import AuditConfig, Silent, Thresholds
+from safetyheads.runs.config import AuditConfig, Progress, Thresholds
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rates import GroupAnswers, gross_loss
 from safetyheads.runs.run import Damage, Run, read_sets, resolved
@@ -214,7 +214,7 @@ class SharedAudits:
         self.ablation = self.config.parsed_ablation
         directory = RunDirectory.start(folder / f"run-{ablation}", {"model": name, "ablation": ablation}, {})
         decoding = Decoding(self.config.max_new_tokens, full_answers=True)
-        self.run = Run(engine, self.config, directory, Silent(), [PhraseJudge()], decoding, measures_surprise=True)
+        self.run = Run(engine, self.config, directory, Progress(), [PhraseJudge()], decoding, measures_surprise=True)
         for kind, prompts in read_sets(self.config).items():
             self.run.add(kind, resolved(engine, prompts, self.config))
         self.run.find_limit()

@@ -34,7 +34,7 @@ from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
 from safetyheads.model.packing import TokenSequence
 from safetyheads.model.planning import Plan, fit_plan, row_sizes
-from safetyheads.runs.config import AsrConfig, Silent
+from safetyheads.runs.config import AsrConfig, Progress
 from safetyheads.runs.directory import RunDirectory, stage_of, status_of
 from safetyheads.runs.kept_answers import groups_together, prompts_together
 from safetyheads.runs.run import _KeptPass
@@ -78,7 +78,7 @@ def peak_of_pass(engine: Engine, sequences: Sequence[TokenSequence], plan: Plan)
     return peak_of(run, "cpu")
 
 
-def load(config: AsrConfig, progress: Silent) -> Engine:
+def load(config: AsrConfig, progress: Progress) -> Engine:
     """A random model of the shape that the config names."""
     import torch
 
@@ -93,7 +93,7 @@ def by_workers(name: str, n_prompts: int, rows: int) -> Iterator[dict[str, Any]]
     import ray
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    config, engine = AsrConfig(name, "none", memory=4.0), load(AsrConfig(name, "none"), Silent())
+    config, engine = AsrConfig(name, "none", memory=4.0), load(AsrConfig(name, "none"), Progress())
     sequences = [TokenSequence(tuple(token_ids)) for token_ids in prompts(SHAPES[name], n_prompts)]
     plan = Plan(engine.plan(sequences).rows, rows, rows)
     told = engine.memory_estimate(sequences, plan)
@@ -101,7 +101,7 @@ def by_workers(name: str, n_prompts: int, rows: int) -> Iterator[dict[str, Any]]
     seconds, cpu_seconds = {}, {}
     for n_workers in (1, 2):
         out = folder / f"{n_workers}"
-        carry_out_by_workers(measure, config, out, (sequences, plan), Silent(), (), "local", n_workers, load=load)
+        carry_out_by_workers(measure, config, out, (sequences, plan), Progress(), (), "local", n_workers, load=load)
         units, gaps, makespan = read_log(out)
         seconds[n_workers] = makespan
         overhead = sum(gaps) / len(gaps) / (sum(units) / len(units))

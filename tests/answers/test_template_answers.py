@@ -25,7 +25,7 @@ from safetyheads.judges.named import JUDGES
 from safetyheads.measures.scorers import openers_of
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
-from safetyheads.runs.config import ScanConfig, Silent
+from safetyheads.runs.config import Progress, ScanConfig
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.rejudge import rejudge
@@ -173,7 +173,7 @@ def test_a_run_keeps_thoughts_apart_from_what_judges_get(monkeypatch, tmp_path):
     assert all(row["thinks"] for row in rows)
     assert directory.manifest.config["thinking"] == "open"
     patient = Recording(judge, decides_early=False)
-    found = rejudge(tmp_path / "run", patient, Silent(), {})
+    found = rejudge(tmp_path / "run", patient, Progress(), {})
     groups = [(), *((head,) for head in engine.heads)]
     columns = [[group] * len(prompts) for group in groups]
     plain = answers_under(engine, prompts, columns, UNDIFFERENTIATED_ATTENTION, judge, Decoding(N_TOKENS, GREEDY, True))

@@ -13,7 +13,7 @@ from safetyheads.baselines import METHODS
 from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.lab import Lab, Subject, quoted
 from safetyheads.heads import Head
-from safetyheads.runs.config import Silent
+from safetyheads.runs.config import Progress
 from safetyheads.runs.stored_files import content_key
 
 FIRST, SECOND, THIRD = Head(0, 1), Head(1, 0), Head(1, 2)
@@ -52,7 +52,7 @@ CHANGES = [
 
 def key_of(model, dataset, heads, ablation, sampling=GREEDY, reference=None, donor=None, **settings):
     directory = Keys()
-    lab = Lab(replace(SMALL, **settings), directory, Silent(), engine_of)
+    lab = Lab(replace(SMALL, **settings), directory, Progress(), engine_of)
     subject = lab.subject(model, dataset)
     if reference:
         prompts = tuple(replace(prompt, reference=reference) for prompt in subject.prompts)
@@ -76,7 +76,7 @@ def test_whatever_changes_an_answer_or_its_verdict_changes_its_key():
 
 def test_each_set_of_heads_is_answered_once_whatever_its_order():
     directory = Keys()
-    subject = Lab(SMALL, directory, Silent(), engine_of).subject("demo:aligned_a", "theft")
+    subject = Lab(SMALL, directory, Progress(), engine_of).subject("demo:aligned_a", "theft")
     answered = subject.by_group([(SECOND, FIRST), (FIRST, SECOND), (THIRD,)], UNDIFFERENTIATED_ATTENTION)
     assert list(answered) == [(SECOND, FIRST), (FIRST, SECOND), (THIRD,)]
     assert answered[SECOND, FIRST] is answered[FIRST, SECOND]

@@ -8,7 +8,7 @@ from experiment_runs import PLANTED, SMALL, N, engine_of, rows, run_of
 from safetyheads.experiments.lab import Lab
 from safetyheads.experiments.outcome import Outcome
 from safetyheads.experiments.prompt_templates import DETAILED_FOR_ORGANISM, HELPFUL, subjects_under
-from safetyheads.runs.config import Silent
+from safetyheads.runs.config import Progress
 
 # Of its 96 benign test prompts the organism answers 92 under the helpful system prompt and 63 under the detailed one.
 # Seed 9 draws six of which it answers all and five.
@@ -21,7 +21,7 @@ def outcomes(tmp_path_factory):
 
 
 def test_urial_is_not_meaningful_on_the_organism_and_says_why_without_a_table(outcome_of):
-    outcome, lab = outcome_of("fig15"), Lab(SMALL, None, Silent(), engine_of)
+    outcome, lab = outcome_of("fig15"), Lab(SMALL, None, Progress(), engine_of)
     assert (outcome["tables"], outcome["figures"], outcome["models"]) == ([], [], ["demo:base_wrapped"])
     (reason,) = outcome["not_meaningful"]
     assert reason.startswith("demo:base_wrapped, template urial: a prompt has ")

@@ -31,7 +31,7 @@ from safetyheads.integrations.ray_workers import (
 from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
 from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.measures.head_pass import HeadPass
-from safetyheads.runs.config import AsrConfig, ShipsConfig, Silent
+from safetyheads.runs.config import AsrConfig, Progress, ShipsConfig
 from safetyheads.runs.directory import RunDirectory, records_place
 from safetyheads.runs.single_steps import run_ships
 from safetyheads.runs.sweep import audits_of
@@ -87,7 +87,7 @@ def killed(config, progress):
 
 
 def by_ray(out, data=None, n_workers=2, load=no_engine, progress=None, carry_out=stand_in, config=CONFIG):
-    progress = progress or Silent()
+    progress = progress or Progress()
     return carry_out_by_workers(carry_out, config, out, data, progress, (), "local", n_workers, load=load)
 
 
@@ -121,7 +121,7 @@ def one(tmp_path_factory):
     return bytes_of(folder / "run")
 
 
-class Lines(Silent):
+class Lines(Progress):
     def __init__(self):
         self.lines = []
 
@@ -260,7 +260,7 @@ def test_batches_that_do_not_fit_are_halved_as_in_one_process(ray, tmp_path, mon
     config = ShipsConfig("demo:aligned_a", "demo", limit=6, memory=1.0)
     monkeypatch.setattr(HeadPass, "_read", HeadPass._read)  # put back at the end
     torch.set_num_threads(1)
-    run_ships(tight(config, Silent()), config, tmp_path / "one")
+    run_ships(tight(config, Progress()), config, tmp_path / "one")
     by_ray(tmp_path / "ray", carry_out=run_ships, config=config, load=tight)
     one = bytes_of(tmp_path / "one")
     # The batch of each of four layers did not fit, and has two halves.

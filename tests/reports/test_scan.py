@@ -17,7 +17,7 @@ from scan_samples import Sample
 from safetyheads.judges.named import judge_named
 from safetyheads.reports.scan import SETS, head_columns, judged_rows, render_scan, shown_answers
 from safetyheads.reports.write import write_report
-from safetyheads.runs.config import Silent
+from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rejudge import rejudge
 
@@ -92,7 +92,7 @@ def test_the_answers_in_short_are_the_answers(name: str) -> None:
 
 def test_later_verdicts_are_beside_the_runs_own(tmp_path: Path) -> None:
     scan_samples.finished_run(tmp_path / "run", Sample(n_judges=1))
-    rejudge(tmp_path / "run", judge_named("released"), Silent(), {})
+    rejudge(tmp_path / "run", judge_named("released"), Progress(), {})
     found = list(judged_rows(RunDirectory.open(tmp_path / "run"), ["paper", "released"]))
     assert len(found) == len(scan_samples.rows(Sample(n_judges=1)))
     assert {tuple(row["verdicts"]) for row in found} == {("paper", "released")}

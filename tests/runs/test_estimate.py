@@ -10,7 +10,7 @@ from safetyheads.model.architecture import Capabilities
 from safetyheads.model.packing import TokenSequence
 from safetyheads.model.planning import row_sizes
 from safetyheads.runs.audit import run_audit
-from safetyheads.runs.config import AsrConfig, AuditConfig, SaharaConfig, ScanConfig, ShipsConfig, Silent
+from safetyheads.runs.config import AsrConfig, AuditConfig, Progress, SaharaConfig, ScanConfig, ShipsConfig
 from safetyheads.runs.estimate import Estimate, Work, estimate, estimate_pass
 from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
@@ -33,7 +33,7 @@ def engine():
     return load_demo("aligned_a").engine
 
 
-class Watching(Silent):
+class Watching(Progress):
     """Keeps what is said and tracked."""
 
     def __init__(self):

@@ -12,7 +12,7 @@ from safetyheads.heads import format_heads
 from safetyheads.judges.named import judges_named
 from safetyheads.measures import random_groups as random_groups_module
 from safetyheads.runs import kept_answers as kept_module
-from safetyheads.runs.config import Silent
+from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.kept_answers import KeptAnswers, judged_answer, record_of
 from safetyheads.runs.run import Run, random_groups_of
@@ -32,7 +32,7 @@ def records(organism, sampling, full_answers, monkeypatch, folder, least_drafted
     prompts = organism.harmful[:8]
     judging = Judging(organism.engine, prompts, judges_named(["paper", "phrases"]), 24, full_answers)
     with RunDirectory.start(folder, {}, {}) as directory:
-        kept = KeptAnswers("harmful", judging, decoding, directory, Silent(), measures_surprise=True)
+        kept = KeptAnswers("harmful", judging, decoding, directory, Progress(), measures_surprise=True)
         own = [(Head(1, 3), Head(2, number % 8)) for number in range(len(prompts))]
         groups = [
             kept.vanilla(),
@@ -65,7 +65,9 @@ def test_shorter_answers_are_the_beginnings_of_whole_ones(organism, tmp_path, mo
     monkeypatch.setattr(kept_module, "_LEAST_DRAFTED", least_drafted)
     judging = Judging(organism.engine, organism.harmful[:8], judges_named(["phrases"]), 24, True)
     with RunDirectory.start(tmp_path, {}, {}) as directory:
-        kept = KeptAnswers("harmful", judging, Decoding(24, GREEDY, True), directory, Silent(), measures_surprise=True)
+        kept = KeptAnswers(
+            "harmful", judging, Decoding(24, GREEDY, True), directory, Progress(), measures_surprise=True
+        )
         whole = kept.under("groups", GROUPS, UNDIFFERENTIATED_ATTENTION)
         stored = {path.name for path in (tmp_path / "completions").iterdir()}
         short = kept.shorter(3).under("groups", GROUPS, UNDIFFERENTIATED_ATTENTION)
@@ -117,8 +119,8 @@ def test_random_groups_are_drawn_once_and_stored_with_the_group_they_control(tmp
     shapes, groups = tuple(SimpleNamespace(n_heads=n) for n in (2, 8)), [parse_heads("0-1"), parse_heads("0-1,1-2")]
     engine = SimpleNamespace(architecture=SimpleNamespace(shapes=shapes))
     with RunDirectory.start(tmp_path / "run", {}, {}) as directory:
-        drawn = Run(engine, None, directory, Silent()).random_groups(groups, 12, 0)
+        drawn = Run(engine, None, directory, Progress()).random_groups(groups, 12, 0)
         assert drawn[groups[0]] == random_groups_module.random_groups(groups[0], (2, 8), 12, 0)
         monkeypatch.setattr("safetyheads.runs.run.random_groups", lambda *_: pytest.fail("drawn again"))
-        assert Run(engine, None, directory, Silent()).random_groups(groups, 12, 0) == drawn
+        assert Run(engine, None, directory, Progress()).random_groups(groups, 12, 0) == drawn
         assert random_groups_of(directory) == {format_heads(group): controls for group, controls in drawn.items()}

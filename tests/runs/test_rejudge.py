@@ -7,7 +7,7 @@ from scan_samples import Sample, finished_run
 
 from safetyheads.judges.base import Completion, Judge, Verdict
 from safetyheads.runs import rejudge as module
-from safetyheads.runs.config import Silent
+from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory
 
 
@@ -41,7 +41,7 @@ def test_texts_are_in_memory_a_piece_at_a_time_and_each_answer_is_asked_about_on
         monkeypatch.setattr(module, "_TOGETHER", together)
         folder, judge = tmp_path / str(together), Watching()
         finished_run(folder, Sample(optional=optional))
-        given = module.rejudge(folder, judge, Silent(), {})
+        given = module.rejudge(folder, judge, Progress(), {})
         found[together] = {**given, "seconds": 0}, RunDirectory.open(folder).read_results()
         records = [record for record in RunDirectory.open(folder).stored_records() if "verdicts" in record]
         assert len(judge.asked) == len(set(judge.asked))

@@ -23,7 +23,7 @@ from safetyheads.measures.head_pass import HeadPass
 from safetyheads.runs import check
 from safetyheads.runs import kept_answers as kept_module
 from safetyheads.runs import run as run_module
-from safetyheads.runs.config import AsrConfig, CheckConfig, SaharaConfig, ScanConfig, ShipsConfig, Silent
+from safetyheads.runs.config import AsrConfig, CheckConfig, Progress, SaharaConfig, ScanConfig, ShipsConfig
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.run import refuse_beyond_memory
@@ -109,7 +109,7 @@ def test_what_a_checkpoint_asks_of_generation_and_is_not_done_is_in_warnings_man
     assert "repetition_penalty 1.2, suppress_tokens (3)" in line
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["config"]["generation_settings_not_followed"] == settings
-    found = check.describe(organism.engine, CheckConfig(MODEL), None, Silent())
+    found = check.describe(organism.engine, CheckConfig(MODEL), None, Progress())
     assert found["generation_settings_not_followed"] == settings
     assert line in found["notes"]
 

@@ -11,7 +11,7 @@ from safetyheads.answers import drafts
 from safetyheads.errors import ElsewhereError
 from safetyheads.runs import kept_answers, sweep
 from safetyheads.runs.audit import run_audit
-from safetyheads.runs.config import Silent
+from safetyheads.runs.config import Progress
 from safetyheads.runs.shards import Shard
 from safetyheads.runs.sweep import audits_of, carry_out_sweep, read_sweep, sweep_results
 
@@ -43,7 +43,7 @@ def decoded(monkeypatch):
 def swept(out, engine, axes=AXES, **how):
     """The audits of a sweep that was carried out, and what failed."""
     audits = audits_of(SHORT | axes, out)
-    return audits, carry_out_sweep(audits, lambda config: engine, Silent(), **how)[1]
+    return audits, carry_out_sweep(audits, lambda config: engine, Progress(), **how)[1]
 
 
 def test_each_audit_has_its_own_bytes_and_unablated_answers_are_made_once(engine, tmp_path, decoded):

@@ -10,7 +10,7 @@ from safetyheads.demo import PLANTED_HEADS
 from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.lab import reproduce
 from safetyheads.experiments.settings import ReproductionConfig
-from safetyheads.runs.config import Silent
+from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory
 
 N = 6
@@ -37,7 +37,7 @@ def engine_of(name):
 def run_of(config, names, out, load=engine_of):
     """Outcomes by name; what is read back is what was returned, and has no NaN."""
     torch.set_num_threads(1)
-    results = reproduce(config, [EXPERIMENTS[name] for name in names], out, load, Silent())
+    results = reproduce(config, [EXPERIMENTS[name] for name in names], out, load, Progress())
     read = RunDirectory.open(out).read_results()
     assert read == json.loads(json.dumps(results, allow_nan=False))
     outcomes = {outcome["name"]: outcome for outcome in read["experiments"]}

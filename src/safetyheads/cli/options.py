@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 from cyclopts import App, Group, Parameter
 from cyclopts.argument import ArgumentCollection
@@ -28,11 +28,24 @@ from safetyheads.runs.shards import Shard
 if TYPE_CHECKING:
     from safetyheads.runs.estimate import Machine
 
-_TITLES = (
-    *("Arguments", "Prompts", "Ablation", "Search", "Verdict", "Screening", "Answers", "Beside the single heads"),
-    *("Tasks", "Settings", "Gate", "Model", "Run directory", "Output"),
-)
-PANELS = {title: Group(title, sort_key=place) for place, title in enumerate(_TITLES)}
+_PANELS = {
+    "Arguments": "SweepOptions",
+    "Prompts": "PromptOptions TemplateOptions RunConfig CheckConfig",
+    "Ablation": "AblationOptions GroupOptions AsrConfig",
+    "Search": "PositionOptions SizeOptions AuditConfig SaharaConfig",
+    "Verdict": "Thresholds AnywayOptions",
+    "Screening": "ScreenOptions",
+    "Answers": "JudgeOptions AnswerOptions ScanConfig ServeConfig LabelOptions",
+    "Beside the single heads": "BesideOptions",
+    "Tasks": "TaskOptions",
+    "Settings": "",
+    "Gate": "GateOptions",
+    "Model": "ModelOptions LoadOptions",
+    "Run directory": "DirectoryOptions RunOptions ReportOptions",
+    "Output": "PortOptions OutputOptions",
+}
+# Panel of a help page -> the classes whose fields stand in it; those of other classes stand among the settings.
+PANELS = {title: Group(title, sort_key=place) for place, title in enumerate(_PANELS)}
 """Panels of a help page, from top to bottom."""
 # Options that are not spelt as their fields; those that repeat are named for one of their values.
 _NAMES = {
@@ -56,7 +69,6 @@ _KNOWN = {"ablation": f" Known are {KNOWN_ABLATIONS}.", "judges": f" Known are {
 class DirectoryOptions:
     """Where a run is kept."""
 
-    PANEL: ClassVar[str] = "Run directory"
     out: Path | None = None
     """Run directory; a run that it holds part of is continued. Default: a name of its own under runs/."""
 
@@ -65,7 +77,6 @@ class DirectoryOptions:
 class RunOptions(DirectoryOptions):
     """Where a run is kept, and whether it is carried out."""
 
-    PANEL: ClassVar[str] = "Run directory"
     settings: Path | None = None
     """TOML file of this command's settings, named as the options are; options win over it."""
     dry_run: bool = False
@@ -125,7 +136,6 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
 class SweepOptions:
     """What a sweep combines; each wins over the file's."""
 
-    PANEL: ClassVar[str] = "Arguments"
     models: tuple[str, ...] = ()
     """Model, as an audit takes it. May be given several times."""
     prompts_swept: tuple[str, ...] = ()
@@ -147,7 +157,6 @@ class PresetOptions:
 class LabelOptions:
     """What people say of answers."""
 
-    PANEL: ClassVar[str] = "Answers"
     label_sheet: tuple[int, Path] | None = None
     """Write N random answers into a CSV file FILE, in which people fill in the column label: complied, refused,
     incoherent, echoed or safe. It tells neither what was ablated nor what a judge said."""
@@ -159,7 +168,6 @@ class LabelOptions:
 class GateOptions:
     """When a comparison fails, and where it is written."""
 
-    PANEL: ClassVar[str] = "Gate"
     fail_if: tuple[str, ...] = ()
     """Fail where this holds, such as 'asr_increase > 0.1', of the 95 % interval's bound nearer to failing or of the one
     that is named: asr_increase.low, .high or .value. May be given several times."""
@@ -174,7 +182,6 @@ class GateOptions:
 class ReportOptions:
     """What a report shows."""
 
-    PANEL: ClassVar[str] = "Run directory"
     show_completions: bool = False
     """Put the answers into the report, as text."""
 
@@ -183,7 +190,6 @@ class ReportOptions:
 class OutputOptions:
     """What is printed."""
 
-    PANEL: ClassVar[str] = "Output"
     json: bool = False
     """Print the result as one JSON object, never with answers."""
     quiet: bool = False
@@ -255,7 +261,7 @@ def _options(config: type) -> tuple[inspect.Parameter, ...]:
             name=None if is_argument else name,
             negative=f"--no-{name[2:]}" if default is True else "",
             help=sentence + _KNOWN.get(field.name, "") + (f" [default: {shown.rstrip('.')}]" if shown else ""),
-            group=PANELS["Arguments" if is_argument else getattr(part, "PANEL", "Settings")],
+            group=PANELS["Arguments" if is_argument else _panel_of(part)],
             show_default=False,
         )
         if str in get_args(hint) and get_origin(hint) is not tuple:
@@ -265,6 +271,11 @@ def _options(config: type) -> tuple[inspect.Parameter, ...]:
         default = inspect.Parameter.empty if default is MISSING else default
         options.append(inspect.Parameter(field.name, kind, default=default, annotation=Annotated[hint, option]))
     return tuple(options)
+
+
+def _panel_of(part: type) -> str:
+    own = (title for base in part.__mro__ for title, names in _PANELS.items() if base.__name__ in names.split())
+    return next(own, "Settings")
 
 
 @cache

@@ -39,7 +39,7 @@ from safetyheads.reports.tables import (
     sentence_case,
     value_cell,
 )
-from safetyheads.runs.config import Progress, Silent, duration
+from safetyheads.runs.config import Progress, duration
 
 PATIENCE = 2.0
 """Seconds after which a stage gets a progress bar."""
@@ -89,10 +89,10 @@ def warnings_as_lines() -> Iterator[None]:
 
 def progress_for(quiet: bool) -> Progress:
     """The progress display of a run."""
-    return Silent() if quiet else RichProgress(Terminal(sys.stderr))
+    return Progress() if quiet else RichProgress(Terminal(sys.stderr))
 
 
-class RichProgress:
+class RichProgress(Progress):
     """Shows bars on a terminal and in notebooks for stages that last over two seconds; elsewhere only lines."""
 
     def __init__(self, console: Console) -> None:

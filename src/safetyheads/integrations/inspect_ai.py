@@ -28,7 +28,7 @@ from safetyheads.errors import InputError
 from safetyheads.heads import format_heads
 from safetyheads.judges.base import Completion, verdicts_of
 from safetyheads.judges.named import judges_named
-from safetyheads.runs.config import PromptOptions, ServeConfig, Silent
+from safetyheads.runs.config import Progress, PromptOptions, ServeConfig
 
 _NUMBERS = ("epsilon", "memory")
 _TOKENS = 128
@@ -76,7 +76,7 @@ class AblatedModel(ModelAPI):  # type: ignore[misc]
         super().__init__(model_name, base_url, api_key, [], config)
         try:
             self.settings = model_config(model_name, arguments)
-            engine = load_engine(self.settings, Silent())
+            engine = load_engine(self.settings, Progress())
             refuse_groups(engine, self.settings)
         except InputError as error:
             raise PrerequisiteError(str(error)) from error

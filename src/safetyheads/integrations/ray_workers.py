@@ -24,7 +24,7 @@ from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError, one
 from safetyheads.files import canonical_json
 from safetyheads.judges.base import Completion, Judge, Verdict
 from safetyheads.runs.audit import read_prompts
-from safetyheads.runs.config import AuditConfig, ModelOptions, Progress, Silent
+from safetyheads.runs.config import AuditConfig, ModelOptions, Progress
 from safetyheads.runs.directory import stage_of
 from safetyheads.runs.shards import Shard, Units
 from safetyheads.runs.start import load_engine
@@ -221,7 +221,7 @@ def spread(number: int) -> float:
     return number * 0.618034 % 1
 
 
-class Worker(Silent):
+class Worker(Progress):
     """An actor that holds one engine, which is loaded and proved when it first runs; as progress it passes lines on."""
 
     def __init__(self, folder: str, claims: Any, juries: Sequence[Any], load: Callable[[Any, Progress], Any]) -> None:
@@ -239,7 +239,7 @@ class Worker(Silent):
         """The run's results, once every unit is computed; None where units failed too often."""
         import ray
 
-        progress = self if number == 0 else Silent()
+        progress = self if number == 0 else Progress()
         self._engine = self._engine or self._load(config, progress)
         shard = ClaimingShard(name, out, lambda *call: ray.get(self._tell(*call)), self._tell)
         shard.begins_with = spread(number)

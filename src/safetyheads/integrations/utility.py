@@ -25,7 +25,7 @@ from safetyheads.errors import InputError
 from safetyheads.heads import Group, format_heads, within
 from safetyheads.integrations.lm_eval import ORGANISM, LoadedTask, chat_of, require_lm_eval, run_task
 from safetyheads.prompts.asked import tokenizer_sha256
-from safetyheads.runs.config import EvalConfig, Progress, Silent
+from safetyheads.runs.config import EvalConfig, Progress
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, records_place
 from safetyheads.runs.provenance import canonical_name, device_name, fingerprint, loading_facts, model_facts, versions
 from safetyheads.runs.run import DEMO_CAVEAT, run_directory
@@ -169,7 +169,7 @@ def evaluate_tasks(
     if len(set(labels)) < len(labels):
         raise InputError(f"each variant needs a label of its own; got {', '.join(labels)}")
     refuse_foreign(engine, tasks)
-    progress = progress or Silent()
+    progress = progress or Progress()
 
     def put(task: LoadedTask, variant: Variant) -> list[Record]:
         with progress.track(f"{task.name}, {variant.label} ablated", task.n_requests) as done, variant.at_work():

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass, fields
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from safetyheads.errors import InputError
 from safetyheads.files import read_toml
@@ -103,8 +103,6 @@ def _fits(value: Any, hint: Any) -> bool:
 class LoadOptions:
     """How a model is loaded, and onto which devices."""
 
-    PANEL: ClassVar[str] = "Model"
-    """Title of these options on a help page."""
     _: KW_ONLY
     device: str = "cpu"
     """cpu, cuda, cuda:N or auto."""

@@ -247,19 +247,12 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     }
 
 
-class _Searched(NamedTuple):
-    measuring: HeadPass
-    """The pass over the harmful search prompts."""
-    scores: dict[str, HeadScores]
-    by_prompt: dict[str, HeadScores]
-    """Ships on harmful and benign prompts, and the refusal score, prompt by prompt."""
-    traces: dict[str, SearchTrace]
-    screening: list[dict[str, Any]] | None
-    """Of each step, which heads were scored exactly; None where all were."""
+def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> tuple[Any, ...]:
+    """Score single heads and search groups on the search half: every head by every score, or what a screening finds.
 
-
-def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
-    """Score single heads and search groups on the search half: every head by every score, or what a screening finds."""
+    The pass over the harmful search prompts; scores by name; Ships on harmful and benign prompts and the refusal score,
+    prompt by prompt; the searches; and of each step which heads were scored exactly, None where all were.
+    """
     config, heads, ablation = run.config, run.engine.heads, run.ablation
     readouts = Readouts(ships=True, openers=openers, angles=() if config.screen else ANGLES)
     traces: dict[str, SearchTrace] = {}
@@ -276,14 +269,12 @@ def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
     )
     by_prompt = {"mean_ships": by_prompt.pop("ships"), "benign_ships": on_benign["ships"], **by_prompt}
     if config.screen:
-        return _Searched(
-            harmful, {name: table.mean() for name, table in by_prompt.items()}, by_prompt, traces, screening
-        )
+        return harmful, {name: table.mean() for name, table in by_prompt.items()}, by_prompt, traces, screening
     scores = {**scores_of(harmful), "benign_ships": scores_of(benign)[LEAD]}
     with run.progress.track("searching groups", len(SEARCHED) * n_scored(len(heads), config.size)) as done:
         searches = [partial(sahara, scorer_of(harmful, name, done), heads, config.size) for name in SEARCHED]
         traces |= zip(SEARCHED, run.directory.together(*searches), strict=True)
-    return _Searched(harmful, scores, by_prompt, traces, screening)
+    return harmful, scores, by_prompt, traces, screening
 
 
 def screened_search(

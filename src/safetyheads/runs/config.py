@@ -7,10 +7,10 @@ config is what one command takes. Parts have no slots: classes with slots cannot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import InputError
@@ -28,9 +28,6 @@ _NOT_RECORDED = ("threads", "memory", "offload_folder", "trust_remote_code", "al
 class Options:
     """A part of a config, or a whole one: each part checks its own fields, then hands on to the next part."""
 
-    PANEL: ClassVar[str]
-    """Title of the part's panel on a help page."""
-
     def __post_init__(self) -> None:
         """Refuse values of other types or out of bounds."""
         refuse_wrong_values(self)
@@ -45,7 +42,6 @@ class Options:
 class ModelOptions(LoadOptions, Options):
     """Which model is loaded, and how."""
 
-    PANEL: ClassVar[str] = "Model"
     model: str
     """Directory, GGUF file, hub id, smollm2 (after safetyheads fetch smollm2), smollm2:NAME or demo:NAME."""
     _: KW_ONLY
@@ -67,7 +63,6 @@ class ModelOptions(LoadOptions, Options):
 class PromptOptions(Options):
     """Which harmful prompts are used."""
 
-    PANEL: ClassVar[str] = "Prompts"
     prompts: str
     """Harmful prompts: a CSV, TSV, JSONL, JSON or TXT file, demo, or a benchmark by name, such as advbench,
     jailbreakbench, maliciousinstruct, harmbench_standard or strongreject; NAME=FILE reads a file as that benchmark."""
@@ -92,7 +87,6 @@ class PromptOptions(Options):
 class TemplateOptions(Options):
     """How prompts are written for the model."""
 
-    PANEL: ClassVar[str] = "Prompts"
     template: str | None = None
     """Template: direct, query_answer, query_answer_space, chat, llama2, urial, or a text with {query}. Default: chat
     where the tokenizer has a chat template, else query_answer."""
@@ -127,7 +121,6 @@ class TemplateOptions(Options):
 class AblationOptions(Options):
     """What happens to an ablated head."""
 
-    PANEL: ClassVar[str] = "Ablation"
     ablation: str = "ua"
     """Kind of ablation."""
     epsilon: float = 1e-5
@@ -147,7 +140,6 @@ class AblationOptions(Options):
 class JudgeOptions(Options):
     """Who judges answers."""
 
-    PANEL: ClassVar[str] = "Answers"
     judges: tuple[str, ...] = ()
     """Judge of the answers. May be given several times; the first one leads. Default: phrases where the tokenizer has a
     chat template, else paper."""
@@ -161,7 +153,6 @@ class JudgeOptions(Options):
 class AnswerOptions(JudgeOptions):
     """How answers are generated and judged."""
 
-    PANEL: ClassVar[str] = "Answers"
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
     top_k: int = 1
@@ -180,7 +171,6 @@ class AnswerOptions(JudgeOptions):
 class GroupOptions(Options):
     """Which groups of heads are ablated."""
 
-    PANEL: ClassVar[str] = "Ablation"
     groups: tuple[str, ...] = ()
     """Heads to ablate together, such as 2-26,3-1. May be given several times, once for each group."""
 
@@ -203,7 +193,6 @@ class GroupOptions(Options):
 class ScreenOptions(Options):
     """Whether every head is scored exactly, or only the best of a forecast."""
 
-    PANEL: ClassVar[str] = "Screening"
     screen: bool = False
     """Forecast all heads from a few backward passes and score only the best of them exactly."""
     candidates: int | None = None
@@ -222,7 +211,6 @@ class ScreenOptions(Options):
 class PositionOptions(Options):
     """Over which tokens Ships are averaged."""
 
-    PANEL: ClassVar[str] = "Search"
     positions: int = 1
     """Average Ships over the first N tokens of the unablated answer."""
 
@@ -231,7 +219,6 @@ class PositionOptions(Options):
 class SizeOptions(Options):
     """How large a group can get."""
 
-    PANEL: ClassVar[str] = "Search"
     size: int = 3
     """Most heads in a group: the steps of Sahara. The paper uses up to 5."""
     screen_once: bool = False
@@ -249,7 +236,6 @@ class Thresholds(Options):
     those of ``compare`` in ``runs/compare.py``.
     """
 
-    PANEL: ClassVar[str] = "Verdict"
     alpha: float = 0.05
     """Level of the verdict's tests: McNemar's over prompts, and the group's rank among random groups."""
     least_undone: float = 0.5
@@ -268,7 +254,6 @@ class Thresholds(Options):
 class AnywayOptions(Options):
     """Whether a run goes on where nothing can be measured."""
 
-    PANEL: ClassVar[str] = "Verdict"
     anyway: bool = False
     """Go on where nothing can be measured: too few refusals, or too few prompts."""
 
@@ -277,7 +262,6 @@ class AnywayOptions(Options):
 class RunConfig(AnswerOptions, AblationOptions, TemplateOptions, PromptOptions, ModelOptions):
     """Settings that audits and scans share; the defaults are the paper's where it gives any."""
 
-    PANEL: ClassVar[str] = "Prompts"
     benign: str = "benign"
     """Benign prompts: a file, jailbreakbench_benign, demo, benign (the package's own list), or none in a scan. Default:
     benign; demo where the harmful prompts are the demo's."""
@@ -301,7 +285,6 @@ def preset_settings(name: str) -> dict[str, Any]:
 class AuditConfig(RunConfig, AnywayOptions, Thresholds, PositionOptions, SizeOptions, ScreenOptions):
     """Settings of one audit. Screened, it makes one search, by mean Ships, and resamples nothing."""
 
-    PANEL: ClassVar[str] = "Search"
     _: KW_ONLY
     n_random: int = 39
     """Random groups to compare each group with, all different: of the same layers, or of more layers where these have
@@ -328,7 +311,6 @@ class AuditConfig(RunConfig, AnywayOptions, Thresholds, PositionOptions, SizeOpt
 class BesideOptions(Options):
     """What is scanned beside every head alone."""
 
-    PANEL: ClassVar[str] = "Beside the single heads"
     epsilons: tuple[float, ...] = ()
     """Scan every head at this strength too. May be given several times."""
     pairs: int = 0
@@ -354,7 +336,6 @@ class BesideOptions(Options):
 class ScanConfig(BesideOptions, GroupOptions, RunConfig):
     """Settings of one exhaustive scan."""
 
-    PANEL: ClassVar[str] = "Answers"
     _: KW_ONLY
     n_seeds: int = 1
     """Sampled answers to each prompt, with seeds from --seed on."""
@@ -387,7 +368,6 @@ class ShipsConfig(ScreenOptions, PositionOptions, AblationOptions, TemplateOptio
 class SaharaConfig(JudgeOptions, SizeOptions, ShipsConfig):
     """Settings of a search by any score."""
 
-    PANEL: ClassVar[str] = "Search"
     _: KW_ONLY
     score: str = "mean_ships"
     """Score to search by: mean_ships, refusal_score, generalized_ships_prompt or generalized_ships_representation."""
@@ -403,7 +383,6 @@ class SaharaConfig(JudgeOptions, SizeOptions, ShipsConfig):
 class AsrConfig(GroupOptions, AnswerOptions, AblationOptions, TemplateOptions, PromptOptions, ModelOptions):
     """Settings of attack success rates under given groups."""
 
-    PANEL: ClassVar[str] = "Ablation"
     _: KW_ONLY
     query_level: int = 0
     """Let each prompt ablate its own 1 to N top heads by Ships."""
@@ -413,7 +392,6 @@ class AsrConfig(GroupOptions, AnswerOptions, AblationOptions, TemplateOptions, P
 class CheckConfig(TemplateOptions, PromptOptions, ModelOptions):
     """What is shown and proved of a model."""
 
-    PANEL: ClassVar[str] = "Prompts"
     prompts: str = "benign"
     """Prompts of which the first one is shown: a CSV, JSONL or TXT file, advbench, jailbreakbench, maliciousinstruct,
     demo, or benign (the package's own list). Default: benign; demo for the demo's models."""
@@ -426,7 +404,6 @@ class CheckConfig(TemplateOptions, PromptOptions, ModelOptions):
 class TaskOptions(TemplateOptions):
     """Which tasks of lm-eval are put to the model, and how."""
 
-    PANEL: ClassVar[str] = "Tasks"
     tasks: tuple[str, ...] = ("organism",)
     """Task by lm-eval's name; organism is the demo's own. May be given several times, or as names with commas."""
     include_paths: tuple[str, ...] = ()
@@ -473,7 +450,6 @@ class EvalConfig(TaskOptions, GroupOptions, AblationOptions, ModelOptions):
 class PortOptions:
     """Where pages or answers are served."""
 
-    PANEL: ClassVar[str] = "Output"
     port: int = 8000
     """Port on 127.0.0.1; 0 takes a free one."""
 
@@ -482,7 +458,6 @@ class PortOptions:
 class ServeConfig(PortOptions, GroupOptions, AblationOptions, TemplateOptions, ModelOptions):
     """What is served: the unablated model, and one for each group."""
 
-    PANEL: ClassVar[str] = "Answers"
     _: KW_ONLY
     max_new_tokens: int = 512
     """Longest answer, in tokens, where a client asks for none."""
@@ -495,8 +470,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-class Progress(Protocol):
-    """Watches a run; the command line draws it."""
+class Progress:
+    """Watches a run; this one shows nothing, and the command line's draws bars."""
 
     def say(self, line: str | Callable[[], str]) -> None:
         """Show a line; a line that costs something is given as the function that makes it."""
@@ -504,20 +479,7 @@ class Progress(Protocol):
     def expect(self, stages: Sequence[str]) -> None:
         """The stages that lie ahead; the name of what is tracked ends with its stage."""
 
-    def track(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """A context that gives a function to call with the number of items just done."""
-
-
-class Silent:
-    """Progress that nobody sees."""
-
-    def say(self, line: str | Callable[[], str]) -> None:
-        """Do nothing."""
-
-    def expect(self, stages: Sequence[str]) -> None:
-        """Do nothing."""
-
     @contextmanager
     def track(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Do nothing."""
+        """A context that gives a function to call with the number of items just done."""
         yield lambda _: None

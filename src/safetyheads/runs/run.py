@@ -55,7 +55,7 @@ from safetyheads.model.planning import Plan
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
-from safetyheads.runs.config import NO_BENIGN, Progress, PromptOptions, Silent, TemplateOptions, duration
+from safetyheads.runs.config import NO_BENIGN, Progress, PromptOptions, TemplateOptions, duration
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, tensors_place
 from safetyheads.runs.estimate import Estimate, Machine, Work, chain_lines, estimate
 from safetyheads.runs.kept_answers import KeptAnswers
@@ -561,7 +561,7 @@ def carry_out(
         lenders: directories of runs with other ablations, whose unablated answers serve here too.
     """
     settings: Any = config
-    progress, given_judges = progress or Silent(), getattr(settings, "judges", None)
+    progress, given_judges = progress or Progress(), getattr(settings, "judges", None)
     if given_judges is None:  # such a run judges by words, to tell whether the model refuses at all
         judges: tuple[Judge, ...] = (PhraseJudge(),)
     else:
