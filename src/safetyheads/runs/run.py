@@ -547,33 +547,19 @@ def carry_out(
 ) -> dict[str, Any]:
     """Run in a run directory and return the results as written; one that holds part of this run is continued.
 
-    Args:
-        kind: of the run.
-        engine: the model, loaded as ``config`` says.
-        config: all settings.
-        out: the run directory.
-        prompts: the prompt sets by name; by default read as the config says.
-        progress: who watches.
-        command: the command line, for the record.
-        dry_run: write nothing, and return the estimate instead (:meth:`.Estimate.as_json`).
-        shard: which of the run's units are computed here; by default all.
-        machine: count the run for this one, of whose :meth:`.Machine.engine` the engine is; write nothing.
-        lenders: directories of runs with other ablations, whose unablated answers serve here too.
+    ``prompts`` are by name, by default those that the config names; ``command`` is recorded. With ``dry_run``, and
+    for a ``machine`` (whose :meth:`.Machine.engine` the engine is), nothing is written and the estimate is returned as
+    JSON. ``shard`` says which of the run's units are computed here. ``lenders`` are directories of runs with other
+    ablations, whose unablated answers serve here too.
     """
+    progress, are_given = progress or Progress(), bool(getattr(config, "judges", ()))
+    config, judges = _with_judges(engine, config, shard)
     settings: Any = config
-    progress, given_judges = progress or Progress(), getattr(settings, "judges", None)
-    if given_judges is None:  # such a run judges by words, to tell whether the model refuses at all
-        judges: tuple[Judge, ...] = (PhraseJudge(),)
-    else:
-        default = (default_judge_name(bool(engine.tokenizer.chat_template)),)
-        config = settings = replace(settings, judges=given_judges or default)
-        judges = judges_named(settings.judges, settings.judge_device, settings.judge_tokens)
-        judges = judges if shard is None else tuple(shard.asked(judges))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         read = prompts or kind.read(config)
         prompts = {name: resolved(engine, prompt_set, settings) for name, prompt_set in read.items()}
-        chosen = chosen_line(engine, settings, bool(given_judges), next(iter(prompts.values())).template)
+        chosen = chosen_line(engine, settings, are_given, next(iter(prompts.values())).template)
         asked, n_new = {name: engine.ask(of) for name, of in prompts.items()}, getattr(settings, "max_new_tokens", 1)
         longest = max(of.longest for of in asked.values()) + max(n_new, getattr(settings, "positions", 1))
         engine.prove_up_to(longest)  # before anything is planned: the proof may cost a quick path
@@ -588,7 +574,7 @@ def carry_out(
             return {"kind": kind.name, "out": str(out), **told, "lines": [*told["lines"], *chain]}
         with progress.track("fingerprinting the weights", 1):
             recorded = {"kind": kind.name, **settings_of(engine, settings, prompts)}
-            if given_judges is not None:
+            if hasattr(settings, "judges"):
                 recorded["judges"] = [judge.describe() for judge in judges]
         with run_directory(out, recorded, progress, command, shard, lenders) as directory:
             for line in (chosen, *prompt_notes(prompts), *chain):
@@ -600,6 +586,16 @@ def carry_out(
             seconds = {"seconds": time.monotonic() - started, "judges": run.judge_seconds}
             directory.add_timings(seconds | {"finished": datetime.now(UTC).isoformat()})
             return directory.read_results()
+
+
+def _with_judges(engine: Engine, config: Config, shard: Shard | None) -> tuple[Config, tuple[Judge, ...]]:
+    """The config with its judges named, and these; without that setting, phrases tell whether the model refuses."""
+    settings: Any = config
+    if not hasattr(settings, "judges"):
+        return config, (PhraseJudge(),)
+    names = settings.judges or (default_judge_name(bool(engine.tokenizer.chat_template)),)
+    judges = judges_named(names, settings.judge_device, settings.judge_tokens)
+    return replace(settings, judges=names), judges if shard is None else tuple(shard.asked(judges))
 
 
 def _begun(
