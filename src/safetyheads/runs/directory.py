@@ -382,7 +382,8 @@ class RunDirectory:
         first = 0 if self._nested or not tasks else bisect(until, self.shard.begins_with * until[-1])
         for at in (*range(first, len(tasks)), *range(first)):
             try:
-                value = self._inner(tasks[at])
+                with self._within_a_task():
+                    value = tasks[at]()
             except ElsewhereError as error:
                 later[at] = error
             else:
@@ -397,7 +398,8 @@ class RunDirectory:
             for at, lacking in [(at, error.places) for at, error in later.items()]:
                 if missing.isdisjoint(lacking) or any(map(self.shard.takes, lacking & missing)):
                     try:
-                        value = self._inner(tasks[at])
+                        with self._within_a_task():
+                            value = tasks[at]()
                     except ElsewhereError as again:
                         later[at] = again
                     else:
@@ -410,11 +412,12 @@ class RunDirectory:
         """The value of every task, as :meth:`each` does them."""
         return [value for _, value in sorted(self.each(tasks, costs), key=lambda done: done[0])]
 
-    def _inner(self, task: Callable[[], Value]) -> Value:
-        """The value of a task; it does not wait itself, so that no other task waits for it."""
+    @contextmanager
+    def _within_a_task(self) -> Iterator[None]:
+        """A task does not wait itself, so that no other task waits for it."""
         self._nested += 1
         try:
-            return task()
+            yield
         finally:
             self._nested -= 1
 
