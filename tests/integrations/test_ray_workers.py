@@ -307,7 +307,7 @@ def test_workers_share_the_audits_of_a_sweep_and_one_that_fails_stops_no_other(r
     axes = AXES | {"ablations": ["ua", {"size": 33}, {"ablation": "sc", "epsilon": 0.0}]}
     one, _ = swept(tmp_path / "one", load_demo("aligned_a").engine, axes)
     audits = audits_of(SHORT | axes, tmp_path / "ray")
-    found, failed = sweep_by_workers(audits, Silent(), (), "local", 2)
+    found, failed = sweep_by_workers(audits, Progress(), (), "local", 2)
     assert [str(error) for error in failed.values()] == ["size 33 is more than the model's 32 heads"]
     assert [*found] == [place for place in audits if place not in failed]
     assert [bytes_of(place) for place in audits if place in found] == [
