@@ -155,7 +155,7 @@ def _environment() -> Environment:
     # StrictUndefined: a field that the results lack fails here, not as a blank on the page.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.loader = PackageLoader("safetyheads.reports", "templates")
-    cells = {name: made for name, made in vars(tables).items() if callable(made) and not name.startswith("_")}
+    cells = {name: made for name, made in vars(tables).items() if getattr(made, "__module__", "") == tables.__name__}
     environment.filters |= cells
     environment.globals |= cells | {"GLOSSARY": GLOSSARY, "TONES": LABEL_TONES, "column": Column}
     environment.globals |= {"contents": contents, "prompt_notes": prompt_notes}

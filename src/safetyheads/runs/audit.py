@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -247,7 +247,11 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     }
 
 
-def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> tuple[Any, ...]:
+_Tables: TypeAlias = dict[str, HeadScores]
+_Searched: TypeAlias = tuple[HeadPass, _Tables, _Tables, dict[str, SearchTrace], list[dict[str, Any]] | None]
+
+
+def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
     """Score single heads and search groups on the search half: every head by every score, or what a screening finds.
 
     The pass over the harmful search prompts; scores by name; Ships on harmful and benign prompts and the refusal score,
