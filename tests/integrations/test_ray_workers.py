@@ -292,7 +292,7 @@ def judged(engine, config, out, text, progress, command, shard):
 
 
 def test_judge_models_are_held_beside_the_workers(ray, tmp_path):
-    arguments = CONFIG, tmp_path, "an answer", Silent(), (), "local", 2, 0.0
+    arguments = CONFIG, tmp_path, "an answer", Progress(), (), "local", 2, 0.0
     told = carry_out_by_workers(judged, *arguments, n_juries=1, load=no_engine)
     assert told["here"] != told["there"]
     assert (told["told"], told["near"]) == ({"judge": "far"}, "phrases")
