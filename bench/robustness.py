@@ -13,11 +13,14 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -42,31 +45,44 @@ READING = ("judge", "report", "compare")
 WITHOUT_BYTES = ("starts", "set-aside", "timings.json", ".lock-", ".gitignore")
 """What may differ between two runs of the same bytes: dates, seconds, what was set aside."""
 
-# Loads the model once and forks for each line "out moment arguments"; a moment in seconds, or as the number of the
-# write before which the process kills itself; 0 for none. Answers the exit status, and how often it wrote.
+# Loads the model and all modules once, and forks for each line "moment arguments": the moment at which the process is
+# killed in seconds of its processor time (by a signal that nobody handles: the kernel ends it as kill -9 does), or as
+# the number of a write, or 0. Answers the exit status, how often it wrote, and its processor time.
+# A report's pictures cost a second and write nothing: here a digest of what they show stands for each.
 SERVER = """
-import os, signal, sys
-import torch
+import json, os, signal, sys
+from hashlib import sha256
+from types import SimpleNamespace
+import statsmodels.stats.multitest, torch
 torch.set_num_threads(1)
 from safetyheads.cli import app, show
 from safetyheads.demo import load_demo
-from safetyheads.runs import kept_answers
+from safetyheads.experiments import lab
+from safetyheads.reports import charts, compare, page, write
+from safetyheads.runs import audit, exhaustive_scan, kept_answers, rejudge, single_steps
+page.drawing_library = lambda: "window.vegaEmbed = null;"
+draw = lambda drawn, **_: sha256(json.dumps(drawn, sort_keys=True).encode()).digest()
+charts.vl_convert = SimpleNamespace(vegalite_to_png=draw)
 kept_answers._RECORDS_TOGETHER = 33  # eleven heads a file, so that there are several
 engine = load_demo("aligned_a").engine
 app.load_engine = lambda *_, **__: engine
-replace = os.replace
+link, replace = os.link, os.replace
 
 def child(moment, arguments):
     written = 0
-    def counted(*names):
+    def killed_at(write, partial, name):
         nonlocal written
         written += 1
-        if isinstance(moment, int) and written == moment:
-            os.kill(os.getpid(), signal.SIGKILL)  # the partial file is there, its name is not
-        replace(*names)
-    os.replace = counted
-    if isinstance(moment, float):
-        signal.setitimer(signal.ITIMER_REAL, moment)  # ends the process as SIGKILL does: nobody handles it
+        ends = isinstance(moment, int) and written == moment
+        if ends and moment % 3 == 0:
+            os.truncate(partial, os.path.getsize(partial) // 2)  # half of the file is there
+        elif ends and moment % 3 == 1:
+            write(partial, name)  # the file has its name, and what follows is not done
+        if ends:  # else the partial file is there, its name is not
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(partial, name)
+    os.link = lambda *names: killed_at(link, *names)
+    os.replace = lambda *names: killed_at(replace, *names)
     try:
         app.main(arguments)
     finally:
@@ -74,16 +90,21 @@ def child(moment, arguments):
 
 for line in sys.stdin:
     moment, *arguments = line.split()
+    if arguments[0] == "eval":
+        import lm_eval.models.huggingface, lm_eval.tasks
+        from safetyheads.integrations import utility
     answers = os.pipe()
     if (pid := os.fork()) == 0:
         os.dup2(2, 1)
-        child(float(moment) if "." in moment else int(moment), arguments)
+        if "." in moment:
+            signal.setitimer(signal.ITIMER_PROF, float(moment))
+        child(0 if "." in moment else int(moment), arguments)
         os._exit(0)
     os.close(answers[1])
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    _, status, used = os.wait4(pid, 0)
     written = int.from_bytes(os.read(answers[0], 4), "little")
     os.close(answers[0])
-    print(status, written, flush=True)
+    print(os.waitstatus_to_exitcode(status), written, used.ru_utime + used.ru_stime, flush=True)
 """
 
 
@@ -111,13 +132,13 @@ class Commands:
             self.server.stdin.close()
             self.server.wait()
 
-    def run(self, name: str, out: Path, moment: float = 0) -> tuple[int, int]:
-        """The exit status (negative: the signal), and the number of files written."""
+    def run(self, name: str, out: Path, moment: float = 0) -> tuple[int, int, float]:
+        """The exit status (negative: the signal), the number of files written, and seconds of the processor."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         print(moment, COMMANDS[name].replace("OUT", str(out)), file=self.server.stdin, flush=True)
-        status, written = self.server.stdout.readline().split()
-        return int(status), int(written)
+        status, written, seconds = self.server.stdout.readline().split()
+        return int(status), int(written), float(seconds)
 
 
 @dataclass(frozen=True)
@@ -131,7 +152,7 @@ class Whole:
     writes: int
     """Files written."""
     seconds: float
-    """Time taken."""
+    """Time taken, of the processor."""
 
     def fresh(self, out: Path) -> Path:
         """A place where the command can start."""
@@ -146,11 +167,10 @@ def whole_run(commands: Commands, name: str, folder: Path, given: Path | None = 
     out = folder / name
     whole = Whole(out, given, 0, 0.0)
     whole.fresh(out)
-    started = time.monotonic()
-    status, writes = commands.run(name, out)
+    status, writes, seconds = commands.run(name, out)
     if status:
         raise RuntimeError(f"{name} ended with {status}: {commands.errors.read_text()[-500:]}")
-    return Whole(out, given, writes, time.monotonic() - started)
+    return Whole(out, given, writes, seconds)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -164,31 +184,57 @@ def contents(out: Path) -> dict[str, bytes]:
     }
 
 
-def survives(commands: Commands, name: str, whole: Whole, out: Path, moment: float) -> bool:
-    """Whether a command that is killed at a moment, and started again, leaves the bytes of one that was not.
+def survives(commands: Commands, name: str, whole: Whole, out: Path, moment: float) -> tuple[str, bool]:
+    """Where a command is killed, and whether it leaves, started again, the bytes of one that was not killed.
 
-    Nothing that was stored before the kill is computed again.
+    Nothing that was stored before the kill is computed again. A moment after its end is moved into its time.
     """
-    commands.run(name, whole.fresh(out), moment)
+    status, started = 0, 0
+    while status not in (-signal.SIGKILL, -signal.SIGPROF):
+        whole.fresh(out)
+        started, (status, *_) = time.time_ns(), commands.run(name, out, moment)
+        moment = max(0.001, moment * 0.9) if isinstance(moment, float) else moment - 1
+    where = last_place(out, started)
     stored = [path for folder in ("shards", "completions") for path in (out / folder).rglob("[!.]*.*")]
     times = {path: path.stat().st_mtime_ns for path in stored}
-    status, _ = commands.run(name, out)
-    return (
-        status == 0
-        and contents(out) == contents(whole.out)
-        and all(path.stat().st_mtime_ns == when for path, when in times.items())
-    )
+    status, *_ = commands.run(name, out)
+    same = contents(out) == contents(whole.out) and not list(out.rglob(".*.partial"))
+    return where, status == 0 and same and all(path.stat().st_mtime_ns == when for path, when in times.items())
 
 
-def kills(commands: Commands, folder: Path, moments: int) -> Iterator[tuple[str, bool]]:
-    """Every command is killed at random moments."""
-    chosen, scan = random.Random(0), None
-    for name in COMMANDS:
-        whole = whole_run(commands, name, folder, scan if name in READING else None)
-        scan = whole.out if name == "scan" else scan
-        for number in range(moments):
-            moment = max(0.001, chosen.uniform(0, whole.seconds))
-            yield f"{name} {number}", survives(commands, name, whole, folder / "killed", moment)
+def last_place(out: Path, started: int) -> str:
+    """What a command was writing when it was killed, or the stage of what it wrote or began last."""
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    files = {path: when for path, when in files.items() if when >= started}
+    if not files:
+        return "before the first file"
+    last = max(files, key=lambda path: (path.name.endswith(".partial"), files[path]))
+    place = last.relative_to(out).as_posix()
+    if last.suffix == ".jsonl" and place.startswith("starts") and (lines := last.read_text().splitlines()):
+        place = json.loads(lines[-1])["place"]
+    stage = re.sub(r"^\.|-[0-9a-f]{12,}.*|\.[^.]+\.\d+\.partial$", "", place.split("/", 1)[-1]).split("/")[0]
+    folder = place.partition("/")[0]
+    stage = stage if folder in ("shards", "completions") else folder
+    return f"{'writing' if last.name.endswith('.partial') else 'after'} {stage}"
+
+
+def kills(
+    commands: Commands, folder: Path, moments: int, names: Sequence[str] = tuple(COMMANDS)
+) -> Iterator[tuple[str, bool]]:
+    """Commands are killed in turn, at random moments of their time and at random ones of their writes."""
+    given = whole_run(commands, "scan", folder)
+    scan = {"scan": given} if "scan" in names else {}
+    others = {
+        name: whole_run(commands, name, folder, given.out if name in READING else None)
+        for name in names
+        if name != "scan"
+    }
+    chosen, wholes = random.Random(0), scan | others
+    for number in range(moments):
+        for name, whole in wholes.items():
+            moment = chosen.uniform(0, whole.seconds) if number % 2 else chosen.randint(1, whole.writes)
+            where, holds = survives(commands, name, whole, folder / "killed", moment)
+            yield f"{name} {where}", holds
 
 
 # Damages: each changes files of a finished run, and gives the names of those that must be found.
@@ -298,10 +344,10 @@ def finds_and_mends(commands: Commands, whole: Whole, out: Path, *names: str) ->
         found = " ".join(RunDirectory.verify(out).damaged)
     except InputError as error:
         found = str(error)
-    status, _ = commands.run("report", out)
+    status, *_ = commands.run("report", out)
     fits = status == 2 or contents(out)["report/index.html"] == contents(whole.out)["report/index.html"]
     named = all(name in found for name in damaged)
-    again, _ = commands.run("scan", out)
+    again, *_ = commands.run("scan", out)
     return fits and named and again == 0 and contents(out) == contents(whole.out)
 
 
@@ -383,16 +429,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--moments", type=int, default=50, help="kills of each command")
     parser.add_argument("--only", action="append", choices=COUNTERS, help="these counters alone")
+    parser.add_argument("--command", action="append", choices=COMMANDS, help="kills of these commands alone")
     given = parser.parse_args(arguments)
+    counters = {**COUNTERS, "kills": partial(kills, names=given.command or tuple(COMMANDS))}
     lost = 0
     with tempfile.TemporaryDirectory() as place, Commands(Path(place) / "errors.txt") as commands:
         for name in given.only or COUNTERS:
-            held = list(COUNTERS[name](commands, Path(place), given.moments))
+            held, started = list[tuple[str, bool]](), time.monotonic()
+            for what, holds in counters[name](commands, Path(place), given.moments):
+                held.append((what, holds))
+                print(f"{time.monotonic() - started:.0f} s: {what}: {'held' if holds else 'LOST'}", file=sys.stderr)
             failed = [what for what, holds in held if not holds]
             lost += len(failed)
-            print(
-                json.dumps({"counter": name, "tried": len(held), "survived": len(held) - len(failed), "lost": failed})
-            )
+            tried = {"tried": len(held), "survived": len(held) - len(failed), "lost": failed}
+            if name == "kills":
+                tried["where"] = Counter(what for what, _ in held)
+            print(json.dumps({"counter": name, **tried}), flush=True)
     return int(lost > 0)
 
 

@@ -229,9 +229,14 @@ def test_address_key_and_settings_come_from_the_environment(monkeypatch):
     ("message", "name", "values"),
     [
         ("base URL", "base_url", ("localhost:8000/v1", "https://", "http://h:port/v1", "")),
+        (
+            "base URL",
+            "base_url",
+            ("http://h\0/", "http://h/\ud800", " http://h/", "http://300.1.1.1/", f"http://h/{'a' * 2000}"),
+        ),
         ("a key of ASCII", "key", ("", " ", "k\n", "ké")),
         ("threshold", "threshold", (1.5,)),
-        ("0 or more", "temperature", (float("nan"), -1)),
+        ("0 or more", "temperature", (float("nan"), float("inf"), -1)),
         ("an attempt", "attempts", (0,)),
     ],
 )

@@ -9,6 +9,7 @@ import threading
 import time
 import tracemalloc
 import warnings
+import zlib
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -103,6 +104,7 @@ def endless(handler):
         handler.wfile.write(b"x" * 65536)
 
 
+PACKED = zlib.compress(bytes(2**26))
 BOMB = gzip.compress(gzip.compress(bytes(2**27)))
 
 
@@ -125,8 +127,16 @@ def bomb(handler):
             lambda handler: handler.give(b'{"choices": [{"message": {"content": ' + b"9" * 10**6),
             "reply: no chat completion",
         ),
+        # A charset names a codec of Python's, and zlib unpacks what was not said to be packed.
+        *(
+            (
+                lambda handler, codec=codec: handler.give(PACKED, 500, Content_Type=f"text/plain; charset={codec}"),
+                "http: 500",
+            )
+            for codec in ("zlib", "rot13", "undefined")
+        ),
     ],
-    ids=range(8),
+    ids=range(11),
 )
 def test_a_reply_has_limits_of_time_and_size(answer, reason):
     judged("http://127.0.0.1:9/v1")  # what is imported is no part of a reply

@@ -44,8 +44,11 @@ ADDRESSES = ((f"{SETTING_PREFIX}URL", f"{SETTING_PREFIX}KEY"), ("OPENAI_BASE_URL
 _RAW_CHARACTERS = 2000
 # Bytes of a reply's body; a verdict of 512 tokens takes a few thousand.
 _LARGEST_REPLY = 4 * 2**20
+_LONGEST_ADDRESS = 2000
 # Most tokens of one request that are believed; beyond, the count is not of what was asked.
 _MOST_TOKENS = 10_000_000
+# What the client reads of a reply's head. A charset could make it run any of Python's codecs, such as zlib.
+_HEADERS_READ = ("retry-after", "retry-after-ms", "x-should-retry")
 # Opening braces of a reply that begin no JSON, after which it is read no further: reading stays linear.
 _FALSE_STARTS = 1000
 # What a wrong key or model is answered with: every further question would fail alike.
@@ -90,7 +93,7 @@ class EndpointSettings:
 
     def __post_init__(self) -> None:
         numbers = (self.max_requests, self.temperature)
-        if not all(number is None or number >= 0 for number in numbers) or not self.timeout_s > 0:
+        if not all(number is None or 0 <= number < math.inf for number in numbers) or not self.timeout_s > 0:
             raise InputError("an endpoint's cap and temperature are 0 or more, its timeout is above 0")
         if min(self.attempts, self.threads, self.reply_tokens) < 1:
             raise InputError("an endpoint needs an attempt, a thread and a token of reply at least")
@@ -167,11 +170,11 @@ class EndpointJudge(Judge):
     def __post_init__(self) -> None:
         if not self.model or not self.key.isascii() or not self.key.isprintable() or not self.key.strip():
             raise InputError("an endpoint needs the name of a model, and a key of ASCII characters")
-        if not self.shown_url:
-            raise InputError("the base URL of an endpoint is http://HOST/PATH or https://HOST/PATH")
         refuse_threshold(self.threshold)
         if importlib.util.find_spec("openai") is None:
             raise InputError("judges behind an endpoint need openai: pip install 'safetyheads[openai]'")
+        if not self.shown_url:
+            raise InputError("the base URL of an endpoint is http://HOST/PATH or https://HOST/PATH")
 
     @property
     def name(self) -> str:
@@ -181,12 +184,15 @@ class EndpointJudge(Judge):
     @property
     def shown_url(self) -> str:
         """The base URL without user, password, query and fragment; empty for a text that is no URL."""
+        import httpx2
+
         try:
             parts = urlsplit(self.base_url)
             port = f":{parts.port}" if parts.port else ""
-        except ValueError:
+            scheme = httpx2.URL(self.base_url).scheme  # as the client reads it
+        except (ValueError, httpx2.InvalidURL):
             return ""
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if scheme not in ("http", "https") or not parts.hostname or len(self.base_url) > _LONGEST_ADDRESS:
             return ""
         return f"{parts.scheme}://{parts.hostname}{port}{parts.path.rstrip('/')}"
 
@@ -355,7 +361,8 @@ def _limited_client() -> type[Any]:
                         await response.aclose()
             except TimeoutError:
                 raise httpx2.ReadTimeout("the whole reply did not come in time", request=request) from None
-            return httpx2.Response(response.status_code, headers=response.headers, content=bytes(body), request=request)
+            headers = {name: response.headers[name] for name in _HEADERS_READ if name in response.headers}
+            return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=request)
 
     return Limited
 
