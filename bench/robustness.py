@@ -60,7 +60,7 @@ from safetyheads.demo import load_demo
 from safetyheads.experiments import lab
 from safetyheads.reports import charts, compare, page, write
 from safetyheads.runs import audit, exhaustive_scan, kept_answers, rejudge, single_steps
-page.drawing_library = lambda: "window.vegaEmbed = null;"
+page.drawing_library = charts.drawing_library = lambda: "window.vegaEmbed = null;"
 draw = lambda drawn, **_: sha256(json.dumps(drawn, sort_keys=True).encode()).digest()
 charts.vl_convert = SimpleNamespace(vegalite_to_png=draw)
 kept_answers._RECORDS_TOGETHER = 33  # eleven heads a file, so that there are several
@@ -97,7 +97,7 @@ for line in sys.stdin:
     if (pid := os.fork()) == 0:
         os.dup2(2, 1)
         if "." in moment:
-            signal.setitimer(signal.ITIMER_PROF, float(moment))
+            signal.setitimer(signal.ITIMER_VIRTUAL, float(moment))  # templates have the other timer
         child(0 if "." in moment else int(moment), arguments)
         os._exit(0)
     os.close(answers[1])
@@ -190,7 +190,7 @@ def survives(commands: Commands, name: str, whole: Whole, out: Path, moment: flo
     Nothing that was stored before the kill is computed again. A moment after its end is moved into its time.
     """
     status, started = 0, 0
-    while status not in (-signal.SIGKILL, -signal.SIGPROF):
+    while status not in (-signal.SIGKILL, -signal.SIGVTALRM):
         whole.fresh(out)
         started, (status, *_) = time.time_ns(), commands.run(name, out, moment)
         moment = max(0.001, moment * 0.9) if isinstance(moment, float) else moment - 1
@@ -212,9 +212,9 @@ def last_place(out: Path, started: int) -> str:
     place = last.relative_to(out).as_posix()
     if last.suffix == ".jsonl" and place.startswith("starts") and (lines := last.read_text().splitlines()):
         place = json.loads(lines[-1])["place"]
-    stage = re.sub(r"^\.|-[0-9a-f]{12,}.*|\.[^.]+\.\d+\.partial$", "", place.split("/", 1)[-1]).split("/")[0]
-    folder = place.partition("/")[0]
-    stage = stage if folder in ("shards", "completions") else folder
+    folder, _, name = re.sub(r"\.[^./]+\.\d+\.partial$", "", place).partition("/")
+    stage = re.sub(r"-[0-9a-f]{12,}.*", "", name.split("/")[0].strip("."))
+    stage = stage if folder in ("shards", "completions") else folder.strip(".")
     return f"{'writing' if last.name.endswith('.partial') else 'after'} {stage}"
 
 
