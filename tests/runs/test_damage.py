@@ -7,6 +7,7 @@ import pytest
 from run_samples import audit_run
 
 from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.stored_files import with_checksums
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 READING = ("report run", "judge run --judge released --quiet", "compare run run", "compare whole run", "verify run")
@@ -50,6 +51,22 @@ def test_what_does_not_fit_is_named_by_every_command_and_hides_no_other_run(run,
     found = json.loads(out)
     assert (code, [entry["name"] for entry in found["runs"]]) == (0, ["whole"])
     assert field in found["skipped"][0]["reason"]
+
+
+@pytest.mark.parametrize(("field", "value"), [("verdict", 7), ("behaviour", []), ("concentration", {"n": "x"})])
+def test_a_field_of_another_type_is_one_line_though_the_checksums_fit(run, tmp_path, field, value):
+    for name in ("run", "whole"):
+        audit_run(tmp_path / name)
+    path = tmp_path / "run/results.json"
+    fields = {**json.loads(path.read_text()), field: value}
+    del fields["checksums"]
+    path.write_text(json.dumps(with_checksums(RunDirectory.look(path.parent).key, path.name, fields)))
+    for command in ("report run", "judge run --judge released --quiet", "compare whole run"):
+        code, _, err = run(*command.split())
+        assert (code, err.count("\n")) == (2, 1), (command, err)
+        assert "does not hold what is read of it" in err
+    code, out, _ = run("history", ".", "--json")
+    assert (code, [entry["name"] for entry in json.loads(out)["runs"]]) == (0, ["whole"])
 
 
 def test_verify_counts_the_files_and_says_which_are_damaged_lost_or_unlisted(run, tmp_path):

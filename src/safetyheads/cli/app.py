@@ -57,6 +57,7 @@ from safetyheads.runs.config import (
     preset_settings,
 )
 from safetyheads.runs.start import load_engine, refuse_missing, settled, silence_libraries
+from safetyheads.runs.stored_files import as_damaged
 
 if TYPE_CHECKING:
     from safetyheads.model.engine import Engine
@@ -411,7 +412,8 @@ def report(
     from safetyheads.runs.directory import RunDirectory
 
     opened = RunDirectory.open(run)
-    path = write_report(opened, show_completions=shown.show_completions)
+    with as_damaged(run / "results.json"):
+        path = write_report(opened, show_completions=shown.show_completions)
     _show(opened.read_results(), output, lambda: show.print_lines([f"Report: {path}"]))
 
 
@@ -438,7 +440,8 @@ def status(
     """Say how far a run is, from its files alone: units done, in work and missing, seconds a unit, time left."""
     from safetyheads.runs.directory import status_of
 
-    found = status_of(run)
+    with as_damaged(run):
+        found = status_of(run)
     _show(found._asdict(), output, lambda: show.print_lines(found.lines))
 
 
@@ -512,20 +515,23 @@ def judge(
     specs = config.judges
     if not specs and validate is None:
         # The judge of words that the run's own command did not ask: the same one each time.
-        own = [described["name"] for described in opened.manifest.config.get("judges", ())]
+        with as_damaged(run):
+            own = [described["name"] for described in opened.manifest.config.get("judges", ())]
         specs = tuple(name for name in WORD_JUDGES if name not in own)[:1] or WORD_JUDGES[:1]
     judges = judges_named(specs, config.judge_device, config.judge_tokens) if specs else ()
-    there = [described["name"] for described in later_judges(opened.read_results())]
+    with as_damaged(run):
+        there = [described["name"] for described in later_judges(opened.read_results())]
     progress, started = show.progress_for(output.quiet), provenance(sys.argv)
     # To validate a judge that the run has, it need not judge again.
     asked = [judge for judge in judges if validate is None or judge.name not in there]
-    found = [rejudge(run, judge, progress, started) for judge in asked]
     validation = {}
-    if validate is not None:
-        # What a run directory names may be code or an address of others: only rules are made from it.
-        others = judges or tuple(JUDGES[name]() for name in there[:1] if name in JUDGES)
-        validation = validate_judges(run, validate, started, others)
-    path, page = write_page_of(RunDirectory.open(run))
+    with as_damaged(run):
+        found = [rejudge(run, judge, progress, started) for judge in asked]
+        if validate is not None:
+            # What a run directory names may be code or an address of others: only rules are made from it.
+            others = judges or tuple(JUDGES[name]() for name in there[:1] if name in JUDGES)
+            validation = validate_judges(run, validate, started, others)
+        path, page = write_page_of(RunDirectory.open(run))
     given = found[0] if len(found) == 1 and not validation else {"judges": found}
     shown = {**given, **({"validation": validation} if validation else {})}
 
@@ -552,11 +558,12 @@ def compare(
     from safetyheads.runs.reader import RunReader
 
     conditions = [parse_condition(text) for text in gate.fail_if]
-    compared = compare_runs(RunReader(run_a), RunReader(run_b))
-    gates = [check_gate(condition, compared) for condition in conditions]
-    code = exit_code(compared, gates, gate.allow_warnings)
-    found = asdict(compared) | {"quantities": quantities(compared), "gates": gates, "exit_code": code}
-    pages = [write_comparison(found, path) for path in gate.report]
+    with as_damaged(f"{run_a} or {run_b}"):
+        compared = compare_runs(RunReader(run_a), RunReader(run_b))
+        gates = [check_gate(condition, compared) for condition in conditions]
+        code = exit_code(compared, gates, gate.allow_warnings)
+        found = asdict(compared) | {"quantities": quantities(compared), "gates": gates, "exit_code": code}
+        pages = [write_comparison(found, path) for path in gate.report]
     _show(found, output, lambda: show.show_comparison(found, pages))
     for judged in gates if output.json else ():
         if judged["outcome"] != "passed":

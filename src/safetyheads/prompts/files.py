@@ -33,7 +33,10 @@ _PICTURE = re.compile(
 _PICTURE_COLUMN = re.compile(r"(image|img|picture|photo|audio|video)s?([_ ]?(path|file|file_?name|url|bytes|id))?")
 _WORDS_OF_A_PATH = 4  # more are a sentence, which may end as a path does
 # What tools leave where a file should be.
-_NO_FILE = {"version https://git-lfs": "a pointer of Git LFS, not the file", "<!doctype html": "a web page"}
+_NO_FILE = {
+    "version https://git-lfs": "a pointer of Git LFS, not the file",
+    **dict.fromkeys(("<!doctype html", "<html", "<?xml"), "a web page or an error of a server"),
+}
 _NUMBER_OR_ID = re.compile(r"[\x21-\x7e]*\d[\x21-\x7e]*")  # without a blank, and with a digit
 _COLUMN_NAME = re.compile(r"[^\s,;.?!]+( [^\s,;.?!]+)?")
 _NAMES_SHOWN = 8
@@ -289,7 +292,7 @@ def _read_csv(text: str, path: str, delimiter: str = ",") -> Iterator[Cells]:
         names = next(([cell.strip() for cell in cells] for cells in reader if any(cell.strip() for cell in cells)), [])
         if repeated := [name for name in names if name and names.count(name) > 1]:
             raise InputError(f"{path}: two columns are named {repeated[0]!r}")
-        if len(names) == 1 and re.search("[;\t]", names[0]):
+        if len(names) == 1 and re.search("[;|\t]", names[0]):
             raise InputError(
                 f"{path}: no commas part its columns; a file with tabs ends in .tsv, semicolons are not read"
             )
@@ -319,6 +322,17 @@ def _read_jsonl(text: str, path: str) -> Iterator[Cells]:
         yield _cells(_parsed(line, where), where) if line.strip() else (where, {})
 
 
+def _read_txt(text: str, path: str) -> Iterator[Cells]:
+    lines = list(map(str.strip, _lines(text)))
+    filled = [line for line in lines if line]
+    if all(re.fullmatch(r'\{\s*".*\}', line) for line in filled):
+        raise InputError(f"{path} has lines of JSON; such a file ends in .jsonl")
+    names = re.split(r"\s*[,\t]\s*", filled[0].lower())
+    if len(names) > 1 and not {*names}.isdisjoint(QUERY_COLUMNS) and all(map(_COLUMN_NAME.fullmatch, names)):
+        raise InputError(f"{path} begins with names of columns; such a file ends in .csv or .tsv")
+    return ((path, {"": line} if line else {}) for line in lines)
+
+
 def _parsed(text: str, where: str) -> Any:
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(found := dict(pairs)) < len(pairs):
@@ -343,9 +357,7 @@ _READERS: dict[str, Callable[[str, str], Iterator[Cells]]] = {
     ".tsv": partial(_read_csv, delimiter="\t"),
     ".json": _read_json,
     **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
-    **dict.fromkeys(
-        (".txt", ""), lambda text, path: ((path, {"": line} if line else {}) for line in map(str.strip, _lines(text)))
-    ),
+    **dict.fromkeys((".txt", ""), _read_txt),
 }
 
 

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup, escape
 
 from safetyheads.files import read_toml
@@ -194,4 +194,7 @@ def render(
     page["td"] = maker.td
     page["pictures"] = pictures(charts or {}, head_columns)
     page |= provenance(measured, manifest) if manifest else {}
-    return Page(_environment().get_template(template).render(page) + "\n", maker.tables)
+    try:
+        return Page(_environment().get_template(template).render(page) + "\n", maker.tables)
+    except UndefinedError as error:
+        raise LookupError(error.message) from error

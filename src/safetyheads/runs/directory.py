@@ -237,8 +237,9 @@ class RunDirectory:
                 if place in self._known_places:
                     continue
                 try:
-                    (record,) = self._read(place)
-                    self._known[record["name"]] = record["value"]
+                    with as_damaged(self.path / place):
+                        (record,) = self._read(place)
+                        self._known[record["name"]] = record["value"]
                     self._known_places.add(place)
                 except InputError as error:
                     self._set_aside(place, error)

@@ -16,6 +16,7 @@ from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.files import canonical_json
 from safetyheads.runs.compare import SETTINGS, differing_settings, vanilla_asr_change
 from safetyheads.runs.reader import RunReader
+from safetyheads.runs.stored_files import as_damaged
 from safetyheads.stats.ranking import top
 
 TOP_HEADS = 3
@@ -43,7 +44,8 @@ def read_history(folder: Path, alike: Sequence[str] = ()) -> dict[str, Any]:
             folders[:] = [name for name in folders if name not in ("shards", "completions", "report")]
             try:
                 run = RunReader(Path(place))
-                _ = run.stored_answers  # broken answers must be found here
+                with as_damaged(place):  # what is broken must be found here
+                    _ = run.stored_answers, _entry(folder, run, None)
                 runs.append(run)
             except SafetyheadsError as error:
                 skip(place, str(error))

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from safetyheads.display import Table, chart, rate_row
 from safetyheads.errors import InputError
 from safetyheads.files import leaves
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.rates import GroupAnswers
-from safetyheads.runs.stored_files import Record, as_damaged
+from safetyheads.runs.stored_files import DamagedError, Record, as_damaged, converted
 from safetyheads.stats.gain_over_random import SizeOutcome
 from safetyheads.stats.intervals import FloatArray
 from safetyheads.stats.ranking import HeadTable
@@ -25,6 +25,26 @@ if TYPE_CHECKING:
 
 RateRecord: TypeAlias = Mapping[str, Any]
 """A rate in results.json: count, n, rate, interval."""
+
+
+class _Numbers(TypedDict):
+    n: int
+    interval: tuple[float, float] | None
+
+
+class _Counted(TypedDict):
+    count: int
+    n: int
+    rate: float | None
+    interval: tuple[float, float] | None
+
+
+class _Told(TypedDict):
+    heads: list[str]
+    rates: list[_Counted]
+    verdict: str | None
+    concentration: _Numbers | None
+
 
 ASR_ALONE = "asr_alone"
 """Name of a scan's own table: the ASR with each head ablated alone."""
@@ -147,6 +167,12 @@ class RunReader(FinishedRun):
                 alpha = _value_at(results, "statistics.alpha") or 0.05
                 p_values = {entry["head"]: (entry.get("change") or {}).get("p_tarone") for entry in results["heads"]}
                 self.lead_heads = tuple(head for head, p in p_values.items() if p is not None and p < alpha)
+            rates = self.benign_answered, self.lead_group and self.lead_group["asr"]
+            told = {"heads": [*self.lead_heads], "rates": [self.vanilla_asr, *filter(None, rates)]}
+        try:
+            converted(told | {"verdict": self.verdict, "concentration": self.concentration}, _Told)
+        except DamagedError as error:
+            raise DamagedError(f"{path / 'results.json'} does not hold what is read of it: {error}") from None
 
     def _facts(self) -> dict[str, object]:
         heads = ", ".join(self.lead_heads) or "none"

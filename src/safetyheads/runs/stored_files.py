@@ -33,13 +33,13 @@ class DamagedError(InputError):
 
 
 @contextmanager
-def as_damaged(path: Path) -> Iterator[None]:
+def as_damaged(path: Path | str) -> Iterator[None]:
     """Within, a field that is missing, or of another type, is one line that names the file and the field."""
     try:
         yield
     except SafetyheadsError:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         raise DamagedError(f"{path} does not hold what is read of it: {type(error).__name__}, {error}") from error
 
 
@@ -103,8 +103,10 @@ def unpack_records(file: bytes) -> tuple[Held, list[Record]]:
     """What a file of records says of itself, and the records."""
     first, _, content = file.partition(b"\n")
     held = Held.read(first, content, content.count(b"\n"))
-    # One text of all lines is read 2.5 times as fast as line by line.
-    return held, json.loads(b"[" + b",".join(content.splitlines()) + b"]")
+    try:  # one text of all lines is read 2.5 times as fast as line by line
+        return held, json.loads(b"[" + b",".join(content.splitlines()) + b"]")
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"its lines are not JSON: {first_line(error)}") from None
 
 
 # Tensors: a safetensors file that says in its metadata what it holds.
