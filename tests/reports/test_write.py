@@ -6,6 +6,7 @@ from report_pages import Page, check_closed, check_tables
 from run_samples import audit_run, first, rewritten, scan_run
 
 from safetyheads.errors import InputError
+from safetyheads.reports.page import command_of
 from safetyheads.reports.write import write_history, write_report
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.history import read_history
@@ -16,6 +17,21 @@ def test_results_of_another_kind_are_refused(tmp_path):
         run.write_results({"schema_version": 1, "kind": "sahara"})
         with pytest.raises(InputError, match="'sahara', schema 1"):
             write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("run", "scan M --limit 3 --out a"),
+        ("shard-3-of-8", "scan M --limit 3 --out=b --shard 3/8 --wait 9.0"),
+        ("shard-0-of-8", "plan 8 scan M --limit 3 --out b"),
+        ("run", "scan M --limit 3 --ray local --workers 3 --gpus-per-worker 1 --judge-workers=2"),
+    ],
+)
+def test_the_command_to_copy_is_that_of_one_process_whoever_computed(tmp_path, part, words):
+    RunDirectory.start(tmp_path, {}, {"command": ["safetyheads", "merge", "b", "a"]}, "merge").close()
+    with RunDirectory.start(tmp_path, {}, {"command": ["/bin/safetyheads", *words.split()]}, part) as run:
+        assert command_of(run) == "safetyheads scan M --limit 3"
 
 
 def test_a_history_has_every_run_as_text_and_a_point_for_each_number(tmp_path):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +98,22 @@ def _about(measured: Facts, config: Facts) -> Iterator[tuple[str, str]]:
         yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
+_CHANGE_NO_RESULT = ("--out", "--shard", "--wait", "--ray", "--workers", "--gpus-per-worker", "--judge-workers")
+"""Options of runs, each with a value."""
+
+
 def command_of(run: RunDirectory) -> str:
     """The command that first started the run, to be copied; empty where it was started from Python.
 
-    Without its ``--out``: the same settings in another directory are the same run.
+    Without where it was kept and who computed it: the same settings elsewhere are the same run, and the same page.
     """
-    starts = run.read_starts()
-    told = starts[0].get("command") if starts else None
+    told = next((start.get("command") for start in run.read_starts() if start.get("part") != "merge"), None)
     if not isinstance(told, list) or not told or Path(told[0]).name not in ("safetyheads", "app.py", "__main__.py"):
         return ""
-    words = [str(word) for word in told[1:]]
-    kept = [word for at, word in enumerate(words) if word != "--out" and (at == 0 or words[at - 1] != "--out")]
-    return shlex.join(["safetyheads", *(word for word in kept if not word.startswith("--out="))])
+    words = [str(word) for word in (told[3:] if told[1:2] == ["plan"] else told[1:])]
+    aside, pairs = _CHANGE_NO_RESULT, pairwise(["safetyheads", *words])
+    kept = (word for before, word in pairs if before not in aside and word.partition("=")[0] not in aside)
+    return shlex.join(["safetyheads", *kept])
 
 
 def facts(fields: Facts, name: str = "") -> Iterator[tuple[str, str]]:
