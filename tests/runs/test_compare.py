@@ -13,12 +13,14 @@ from safetyheads.runs.compare import (
     FAILED,
     NOT_JUDGED,
     PASSED,
+    SETTINGS,
     check_gate,
     compare_runs,
     exit_code,
     parse_condition,
     quantities,
 )
+from safetyheads.runs.config import AuditConfig, preset_settings
 from safetyheads.runs.reader import RunReader
 from safetyheads.stats.intervals import (
     N_RESAMPLES,
@@ -172,6 +174,17 @@ def test_other_settings_are_warned_of(same, tmp_path):
     assert max(map(len, found.warnings)) < 120
     alike = settings() | {"weights_sha256": "tuned"}
     assert compared(same, audit_run(tmp_path / "c", config=alike)).warnings == ()
+    # What an answer must be to count, and how heads and controls were tried.
+    audits = {name: asdict(AuditConfig("m", "p", **preset_settings(name))) for name in ("standard", "quick")}
+    configs = [
+        settings(**{key: found[key] for key in SETTINGS if key in found and key != "judges"})
+        for found in audits.values()
+    ]
+    configs[1] |= {"coherence_factor": 3.0, "coherence_allowance": 0.0}
+    runs = [audit_run(tmp_path / name, config=config) for name, config in zip(audits, configs, strict=True)]
+    warned = " ".join(compared(*runs).warnings)
+    names = ("coherence_factor", "coherence_allowance", "control_tokens", "screen", "chosen_size", "needed_controls")
+    assert all(f"The {SETTINGS[name]} differs" in warned for name in names)
 
 
 def test_what_is_no_finished_run_is_refused(same, tmp_path):

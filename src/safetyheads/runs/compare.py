@@ -58,8 +58,8 @@ class Change:
     paired: bool
     """Whether both runs asked the same prompts, and are compared prompt by prompt."""
     p_value: float | None
-    """Exact McNemar test where paired (an exact sign test over prompts, where one has several answers), Fisher's exact
-    test where not; None for a concentration."""
+    """Exact McNemar test where paired (the exact sign-flip test where prompts have several answers or near-duplicates),
+    Fisher's exact test where not; None for a concentration."""
     note: str = ""
     """Why it is not paired, why there is no change, or what it leaves out."""
     unknown: int = 0
