@@ -74,7 +74,7 @@ def test_the_index_links_to_every_report(tmp_path: Path) -> None:
     page = Page(html)
     check_tables(page)
     check_closed(page, ("a/report/index.html", "b/report/index.html"))
-    assert page.words.index("a audit") < page.words.index("b audit")
+    assert page.words.index("a No refusals to lose") < page.words.index("b No refusals to lose")
     assert index_page(tmp_path) == html
 
 

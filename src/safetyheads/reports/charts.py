@@ -148,6 +148,7 @@ def pictures(specs: Mapping[str, Spec], columns: Mapping[str, Any]) -> dict[str,
     found = {}
     for name, spec in specs.items():
         drawn = _coloured(spec) | {"datasets": {**spec.get("datasets", {}), HEADS: heads}, "background": "#fcfbf8"}
+        drawn |= {"config": {"legend": {"labelLimit": _PICTURE_WIDTH - 60}}}
         drawn |= {"width": _PICTURE_WIDTH} if spec.get("width") == "container" else {}
         png = vl_convert.vegalite_to_png(_drawable(drawn), vl_version=version, scale=1.25)
         found[name] = f"data:image/png;base64,{b64encode(png).decode()}"

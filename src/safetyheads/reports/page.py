@@ -136,10 +136,13 @@ def under_headings(first: Any, groups: Mapping[str, Sequence[Any]]) -> list[Any]
 
 
 def prompt_notes(data: Facts) -> list[str]:
-    """What was sampled, kept together or left out of a run's prompt sets, each sentence once."""
-    sets = [data[kind] for kind in ("harmful", "benign") if kind in data]
-    parts = [part for of in sets for part in (of, of.get("search"), of.get("test")) if part]
-    return list(dict.fromkeys(note for part in parts for note in part.get("notes", ())))
+    """What was sampled, kept together or left out of a run's prompt sets, each sentence once, with its half."""
+    halves: dict[str, set[str]] = {}
+    for of in (data[kind] for kind in ("harmful", "benign") if kind in data):
+        for half, part in (("", of), ("search half: ", of.get("search")), ("test half: ", of.get("test"))):
+            for note in (part or {}).get("notes", ()):
+                halves.setdefault(note, set()).add(half)
+    return [f"{min(half) if len(half) == 1 else ''}{note}" for note, half in halves.items()]
 
 
 class Page(str):

@@ -55,7 +55,7 @@ def render_reproduction(results: Record, manifest: Record) -> tuple[Page, Mappin
     states = list(_states(results))
     ran = [state for state in states if state["models"]]
     models = list(dict.fromkeys(model for state in ran for model in state["models"]))
-    index: dict[str, Any] = {"states": states, "models": models, "sentence": _sentence(states, models)}
+    index: dict[str, Any] = {"states": states, "models": models, "sentence": headline(results)}
     index |= {"config": manifest["config"], "judge": judge, "no_evidence": NO_EVIDENCE}
     index |= {"embedded": EMBEDDED, "has_embedded": any(model.startswith(EMBEDDED) for model in models)}
     measured = {"experiments": [state["name"] for state in ran], "judge": judge}
@@ -97,11 +97,13 @@ def headline_words(outcome: Record) -> list[str]:
     return found
 
 
-def _sentence(states: Sequence[Record], models: Sequence[str]) -> str:
+def headline(results: Record) -> str:
     """How many experiments were run, and on what."""
+    states = list(_states(results))
     ran = [state for state in states if state["models"]]
     if not ran:
         return f"None of {len(states)} experiments was run."
+    models = list(dict.fromkeys(model for state in ran for model in state["models"]))
     few = " and ".join(filter(None, (", ".join(models[:-1]), models[-1])))
     named = few if len(models) <= _MOST_NAMED else f"{len(models)} models"
     lost = sum(state["label"] == "not meaningful" for state in ran)

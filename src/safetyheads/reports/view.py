@@ -13,6 +13,7 @@ from urllib.parse import quote, unquote, urlsplit
 from safetyheads.errors import InputError
 from safetyheads.files import read_json
 from safetyheads.reports.page import render
+from safetyheads.reports.reproduction import headline
 from safetyheads.reports.write import PAGES
 
 HOST = "127.0.0.1"
@@ -59,7 +60,7 @@ def _about(run: Path) -> dict[str, str]:
     try:
         results = read_json(run / "results.json")
         kind, model = str(results["kind"]), results.get("model") or {}
-        finding = PAGES[kind][1](results) if kind in PAGES else "–"
+        finding = (PAGES[kind][1] if kind in PAGES else headline)(results)
         return {"kind": kind, "model": str(model.get("name", "–")), "finding": finding}
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         return dict.fromkeys(("kind", "model", "finding"), "–")

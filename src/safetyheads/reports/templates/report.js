@@ -74,7 +74,7 @@
       axisX: { labelBound: true },
       legend: {
         ...text, labelColor: colour("--ink"), titleColor: colour("--ink-soft"), rowPadding: 3, columnPadding: 14, offset: 10,
-        symbolSize: 70, columns: columnsOfLegend, labelLimit: width - 110, gradientStrokeColor: colour("--line"),
+        symbolSize: 70, columns: columnsOfLegend, labelLimit: width - 60, gradientStrokeColor: colour("--line"),
       },
       header: { labelColor: colour("--ink"), labelFont: font, labelLimit: panel },
       facet: { spacing: GAP },
@@ -85,6 +85,7 @@
   const draw = async (place, spec) => {
     const { panels, least, most, square } = spec.usermeta;
     // A figure by itself may be narrower than its place; panels share it.
+    place.classList.toggle("panels", panels > 1);
     place.style.maxWidth = panels < 2 && most ? `${most}px` : "";
     const width = place.clientWidth;
     const across = Math.max(1, Math.min(panels, panels === 4 ? 2 : MOST_COLUMNS, Math.floor((width + GAP) / (least + GAP))));
