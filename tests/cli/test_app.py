@@ -233,6 +233,7 @@ def test_a_bad_file_of_settings_is_refused(refused, no_model, text, said):
         ("asr DEMO --heads 2:6", "layer-head"),
         ("asr DEMO --heads 2-6 --heads 2.6", "given twice"),
         ("ships DEMO --seed -1", "Unknown option"),
+        *((f"{name} DEMO --reference-column gold", "Unknown option") for name in ("asr", "ships", "sahara", "check")),
         ("asr DEMO --judge paper --judge-device nope", "unknown device 'nope'"),
         ("asr DEMO --judge qwen3guard=./nowhere", "nowhere"),
         ("report nowhere", "not a run directory"),

@@ -75,9 +75,6 @@ class PromptOptions(Options):
     ContextString, passage or input, where there is one."""
     category_column: str | None = None
     """Column of --prompts with the category. Default: category, where there is one."""
-    reference_column: str | None = None
-    """Column with the beginning of each right answer: of the benign file, or of the only file there is. Answers must
-    begin with it. Default: no answer is compared with one."""
     limit: int | None = None
     """Use only N prompts of each set, drawn by category where there is one. An audit keeps at least 50 benign test
     prompts."""
@@ -268,6 +265,9 @@ class RunConfig(AnswerOptions, AblationOptions, TemplateOptions, PromptOptions, 
     _: KW_ONLY
     benign_column: str | None = None
     """Column of --benign that holds the prompts. Default: as --column."""
+    reference_column: str | None = None
+    """Column with the beginning of each right answer: of the benign file, or of the only file there is. Answers must
+    begin with it. Default: no answer is compared with one."""
 
 
 PRESETS = read_toml(Path(__file__).with_name("presets.toml"))

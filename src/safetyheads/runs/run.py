@@ -107,7 +107,7 @@ def read_set(kind: Literal["harmful", "benign"], name: str, options: PromptOptio
     prompts = PromptSet.read(
         name,
         **columns,
-        reference_column=options.reference_column if has_references else None,
+        reference_column=getattr(options, "reference_column", None) if has_references else None,
         limit=options.limit,
         seed=seed,
     )
