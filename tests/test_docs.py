@@ -14,6 +14,7 @@ from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.judges.base import LABELS
 from safetyheads.judges.named import JUDGES
 from safetyheads.measures.subspace import Space
+from safetyheads.prompts.templates import FORMS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "safetyheads"
@@ -32,8 +33,7 @@ def defined():
                 *([node.arg] if isinstance(node, ast.arg) else []),
                 *([node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []),
             }
-    templates = set(re.findall(r'"(\w+)"', (PACKAGE / "prompts" / "templates.py").read_text()))
-    return names | templates | {*app, *EXPERIMENTS, *ABLATION_KINDS, *LABELS, *JUDGES, *get_args(Space)}
+    return names | {*FORMS, *app, *EXPERIMENTS, *ABLATION_KINDS, *LABELS, *JUDGES, *get_args(Space)}
 
 
 @pytest.mark.parametrize(

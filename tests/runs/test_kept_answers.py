@@ -116,8 +116,8 @@ def test_many_groups_are_stored_in_ever_smaller_files(n_groups, n_prompts):
 
 def test_random_groups_are_drawn_once_and_stored_with_the_group_they_control(tmp_path, monkeypatch):
     # Layers with different numbers of heads, as some families have them.
-    shapes, groups = tuple(SimpleNamespace(n_heads=n) for n in (2, 8)), [parse_heads("0-1"), parse_heads("0-1,1-2")]
-    engine = SimpleNamespace(architecture=SimpleNamespace(shapes=shapes))
+    groups = [parse_heads("0-1"), parse_heads("0-1,1-2")]
+    engine = SimpleNamespace(architecture=SimpleNamespace(heads_by_layer=(2, 8)))
     with RunDirectory.start(tmp_path / "run", {}, {}) as directory:
         drawn = Run(engine, None, directory, Progress()).random_groups(groups, 12, 0)
         assert drawn[groups[0]] == random_groups_module.random_groups(groups[0], (2, 8), 12, 0)
