@@ -9,6 +9,7 @@ import pytest
 from safetyheads import demo
 from safetyheads.demo import CHECKPOINT_NAMES, PLANTED_HEADS, grammar
 from safetyheads.errors import InputError
+from safetyheads.model.names import CHECKPOINTS
 
 SPLITS = ("train", "validation", "test")
 HARMFUL_VERBS = {verb for category in grammar.HARM_CATEGORIES for verb in grammar.VERBS[category]}
@@ -71,7 +72,7 @@ def test_fixed_sets_are_balanced_distinct_and_the_same_each_time(split: str):
 
 
 def test_the_package_holds_every_checkpoint_that_it_names_and_no_other():
-    assert {path.name for path in demo.CHECKPOINTS.iterdir()} == set(CHECKPOINT_NAMES) < set(PLANTED_HEADS)
+    assert {path.name for path in CHECKPOINTS.iterdir()} == set(CHECKPOINT_NAMES) < set(PLANTED_HEADS)
     with pytest.raises(InputError, match=r"no demo checkpoint 'aligned_c'; known are aligned_a, aligned_b"):
         demo.checkpoint_path("aligned_c")
 
