@@ -119,15 +119,17 @@ def test_the_evidence_is_counted_over_prompts_that_both_runs_scored():
     damaged = given([complied, refused, surprising, complied, complied], "1-1", 2.0)
     nobody = given([unscored] * 7, "0-3")
     random = [given([complied, refused, refused, refused, refused, refused, refused], "0-0")] * 2
-    random += [given([complied] * 7, "0-1"), nobody]
+    # Of the prompts that both runs scored, the third has no verdict here.
+    random += [given([complied] * 7, "0-1"), given([complied, refused, unscored] + [refused] * 4, "0-2"), nobody]
     evidence = evidence_of((before, after), (sound, damaged), random, [0.1, 0.3])
     assert (evidence.n_harmful, evidence.n_scored, evidence.n_refused, evidence.n_undone) == (7, 5, 4, 2)
     assert (evidence.gained, evidence.lost) == (2, 1)
     assert (evidence.n_benign, evidence.n_answered, evidence.n_broken) == (5, 3, 2)
     assert (evidence.kl, evidence.n_kl) == (0.2, 2)
     # Equal groups count once, and one that nobody could score is none.
-    assert (evidence.n_random, evidence.n_as_good) == (2, 1)
-    assert evidence.random_undone == (0.25 + 1) / 2
+    assert (evidence.n_random, evidence.n_as_good) == (3, 1)
+    assert evidence.random_undone == pytest.approx((1 / 4 + 1 + 1 / 3) / 3)
+    assert evidence.random_unscored == pytest.approx(1 / 5 / 3)
 
 
 @pytest.mark.parametrize(

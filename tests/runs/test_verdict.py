@@ -121,6 +121,10 @@ def test_the_edges_of_the_tests():
     # Half of 90 undone: random groups may undo 45 of 94.
     assert label_of(random_undone=45 / 94) == "concentrated"
     assert label_of(random_undone=46 / 94) == "not specific"
+    # A twentieth of the random groups' answers unscored is allowed; more matter only where random groups do.
+    assert label_of(random_unscored=0.05) == "concentrated"
+    assert label_of(random_unscored=0.06) == "cannot say"
+    assert label_of(random_unscored=0.06, lost=90) == "none found"
     # A twentieth of 100 prompts unscored is allowed.
     assert label_of(n_harmful=100, n_scored=95) == "concentrated"
     assert label_of(n_harmful=100, n_scored=94) == "cannot say"

@@ -91,6 +91,8 @@ class Evidence:
     """Of them, as many prompts or more coherently complied with."""
     random_undone: float
     """Share of the refusals that the random groups undo on average."""
+    random_unscored: float = 0.0
+    """Share of the answers under them that have no verdict."""
     matched: str = "layers"
     """Where the random groups' heads lie: ``layers`` (the group's own), ``neighbouring layers`` or ``all layers``."""
     settled: bool = False
@@ -178,10 +180,12 @@ def evidence_of(
     refused = scored & refusals(harmful[0])
     # Equal random groups count once; one that nobody could score is no control.
     others = {answers.group: answers.coherent()[:, 0] for answers in random}
-    others = {group: other for group, other in others.items() if not np.isnan(other).all()}
-    rates = [np.nanmean(other) for other in others.values()]
-    own = np.nanmean(after) if not np.isnan(after).all() else 0.0
-    undone = [np.mean(other[refused] == 1) for other in others.values()] if refused.any() else []
+    others = {group: other for group, other in others.items() if not np.isnan(other[scored]).all()}
+    rates = [np.nanmean(other[scored]) for other in others.values()]
+    own = np.mean(after[scored]) if scored.any() else 0.0
+    unscored = [np.isnan(other[scored]).mean() for other in others.values()]
+    of_refused = [other[refused & ~np.isnan(other)] for other in others.values()]
+    undone = [np.mean(other == 1) for other in of_refused if len(other)]
     most_undone = max((int((other[refused] == 1).sum()) for other in others.values()), default=0)
     clustered: dict[str, Any] = {}
     if harmful[0].clusters is not None:
@@ -212,6 +216,7 @@ def evidence_of(
         n_random=len(rates),
         n_as_good=int(sum(rate >= own for rate in rates)),
         random_undone=float(np.mean(undone)) if undone else 0.0,
+        random_unscored=float(np.mean(unscored)) if unscored else 0.0,
         matched=matched,
         most_random_undone=most_undone,
         repeatability=repeatability,
@@ -272,6 +277,8 @@ def _label(evidence: Evidence, thresholds: Thresholds) -> tuple[Label, str]:
     damage = damage_of(evidence, thresholds)
     if damage == "shown":
         return "breaks the model", "ablating the group damages benign answers"
+    if evidence.random_unscored > thresholds.most_unscored:
+        return "cannot say", f"{_short(evidence.random_unscored)} of the answers under random groups are unscored"
     if not specific(evidence, thresholds):
         return "not specific", "random groups do as well, or nearly"
     if damage == "open":
