@@ -278,6 +278,7 @@ NOT_FOLLOWED = {
     "repetition_penalty": 1.1,
     "suppress_tokens": [3, 4],
     "min_new_tokens": 2,
+    "forced_eos_token_id": 0,
     "bad_words_ids": [[7]],
     "stop_strings": ["END"],
     "sequence_bias": [[[3], 1.0]],

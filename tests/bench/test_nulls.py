@@ -45,8 +45,18 @@ def null(tmp_path_factory):
     return nulls.SharedAudits(Engine.load(str(path)), str(path), "sc", tmp_path_factory.mktemp("null"))
 
 
-def test_the_null_is_not_called_concentrated(null):
+def apart(shared):
+    """Unablated answers of prompts that count one by one.
+
+    The demo's prompts, read from a file, are near-duplicates and worth so few that not even planted heads are surely
+    "concentrated": no label of theirs could be wrong.
+    """
+    return {kind: nulls.one_by_one(answers) for kind, answers in shared.unablated.items()}
+
+
+def test_the_null_is_not_called_concentrated(null, monkeypatch):
     # By SC, which finds more than UA; ten splits, prompts as TXT without and as JSONL with right answers.
+    monkeypatch.setattr(null, "unablated", apart(null))
     found = list(null.labels(range(RUNS // 2)))
     assert len(found) == RUNS
     assert all(set(labels) == {*"123456", "of 3", "of 6"} for labels in found)
@@ -80,7 +90,9 @@ def test_random_weights_and_the_base_have_no_refusals_to_lose(tmp_path, model, a
 def test_no_null_is_called_concentrated(tmp_path, shift, ablation):
     path = nulls.null_checkpoint(shift)
     pooled = Counter()
-    for labels in nulls.SharedAudits(Engine.load(str(path)), str(path), ablation, tmp_path).labels(range(RUNS)):
+    shared = nulls.SharedAudits(Engine.load(str(path)), str(path), ablation, tmp_path)
+    shared.unablated = apart(shared)
+    for labels in shared.labels(range(RUNS)):
         pooled.update(labels[str(size)] for size in nulls.SIZES)
         assert labels["of 3"] != "concentrated"
     assert pooled["concentrated"] <= 0.05 * pooled.total()
@@ -96,9 +108,7 @@ def planted(tmp_path_factory):
     path = checkpoint_path("aligned_a")
     shared = nulls.SharedAudits(Engine.load(str(path)), str(path), "ua", tmp_path_factory.mktemp("planted"))
     shared.answer([PLANTED])
-    # The demo's own prompts count one by one. Read from a file, those of one wording are near-duplicates, worth so few
-    # prompts that nothing is surely undone: bad answers would have no "concentrated" to lose.
-    shared.unablated = {kind: nulls.one_by_one(answers) for kind, answers in shared.unablated.items()}
+    shared.unablated = apart(shared)
     return shared
 
 

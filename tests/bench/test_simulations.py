@@ -33,7 +33,7 @@ def test_changes_of_near_duplicates_cover_and_their_test_keeps_its_level():
 
 
 def test_the_bound_of_losses_covers_where_near_duplicates_are_lost_together():
-    assert simulations.losses(100) >= 0.95 - 0.065
+    assert simulations.losses(100)[0] >= 0.95 - 0.065
 
 
 def test_tarone_finds_what_holm_misses_and_keeps_the_family():
@@ -107,7 +107,9 @@ def test_every_figure_of_the_documents():
     covered, level, _ = simulations.near_duplicates(2_000)
     assert covered >= 0.93
     assert level <= 0.055
-    assert simulations.losses(2_000) >= 0.91
+    at_the_limit, below = simulations.losses(2_000)
+    assert at_the_limit >= 0.93
+    assert below >= 0.90  # few clusters are lost: docs/statistics.md
     assert max(error for error, *_ in simulations.families(1_000).values()) <= 0.05
     assert simulations.power(1_000) >= 0.8
     assert simulations.power_of_clusters(1_000)[0] >= 0.78

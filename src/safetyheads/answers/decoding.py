@@ -248,7 +248,8 @@ def settings_not_followed(model: PreTrainedModel) -> dict[str, Any]:
     for name, value in sorted(asked.items()):
         aside = name in (*known["followed"], *known["without_effect"])
         aside = aside or name.startswith(tuple(known["without_effect_prefixes"]))
-        if aside or not value or (name in known["sampling"] and not asked.get("do_sample")):
+        nothing = value is None or (not value and not name.endswith("token_id"))  # a token may be the first one
+        if aside or nothing or (name in known["sampling"] and not asked.get("do_sample")):
             continue
         neutral = known["neutral"].get(name, ())
         if not (isinstance(value, int | float) and not isinstance(value, bool) and value in neutral):

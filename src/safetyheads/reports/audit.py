@@ -220,9 +220,10 @@ def figures(results: Results) -> dict[str, Spec]:
     vanilla, by_scorer = results["behaviour"]["vanilla"], dict[str, list[Mapping[str, Any]]]()
     for group in results["behaviour"]["groups"]:
         by_scorer.setdefault(_label(results, group["scorer"]), []).append(group)
+    asr, kept = vanilla["coherent_asr"], vanilla["benign_answered"]
     found = {
-        "asr_by_size": group_curve(lead_groups(results), vanilla["asr"], vanilla["benign_answered"], _HELD_OUT),
-        "asr_by_scorer": group_lines(by_scorer, vanilla["asr"], _HELD_OUT) if len(by_scorer) > 1 else None,
+        "asr_by_size": group_curve(lead_groups(results), asr, kept, _HELD_OUT),
+        "asr_by_scorer": group_lines(by_scorer, asr, _HELD_OUT) if len(by_scorer) > 1 else None,
         "prompts_needed": _prompts_needed(results),
         **score_figures(results),
     }
@@ -249,14 +250,14 @@ def score_figures(results: Results) -> dict[str, Spec | None]:
 def group_curve(
     groups: Sequence[Mapping[str, Any]], vanilla: Mapping[str, Any], kept: Mapping[str, Any] | None, y: str
 ) -> Spec | None:
-    """ASR and benign prompts answered by size of the group, over the band of the random groups; None without groups.
+    """Coherent ASR and benign prompts answered by size of the group, over the band of random groups; None without any.
 
-    Groups, one a size, have ``size``, ``heads``, ``asr``, ``benign_answered`` and ``random``; ``vanilla`` is the
-    unablated model's ASR, ``kept`` the benign prompts that it answers, ``y`` what the rates are shares of.
+    Groups, one a size, have ``size``, ``heads``, ``coherent_asr``, ``benign_answered`` and ``random``; ``vanilla`` is
+    the unablated model's, ``kept`` the benign prompts that it answers, ``y`` what the rates are shares of.
     """
     rows = [*rate_rows(0, SEARCHED, vanilla, ()), *rate_rows(0, KEPT, kept, ())]
     for group in groups:
-        rows += rate_rows(group["size"], SEARCHED, group["asr"], group["heads"])
+        rows += rate_rows(group["size"], SEARCHED, group["coherent_asr"], group["heads"])
         rows += rate_rows(group["size"], KEPT, group["benign_answered"], group["heads"])
     for group in groups:
         random, size = group["random"], {"x": group["size"], "series": charts.RANDOM_GROUPS}
@@ -271,11 +272,11 @@ def group_curve(
 
 
 def group_lines(series: Mapping[str, Sequence[Mapping[str, Any]]], vanilla: Mapping[str, Any], y: str) -> Spec:
-    """ASR by size, a line for the groups of each name; all begin at the unablated model's."""
+    """Coherent ASR by size, a line for the groups of each name; all begin at the unablated model's."""
     rows = [row for name in series for row in rate_rows(0, name, vanilla, ())]
     for name, groups in series.items():
         for group in groups:
-            rows += rate_rows(group["size"], name, group["asr"], group["heads"])
+            rows += rate_rows(group["size"], name, group["coherent_asr"], group["heads"])
     return charts.lines(rows, "heads ablated together", y, "Attack success rate against group size, by series")
 
 

@@ -46,6 +46,7 @@ PARTS = {
 ROLES = {
     "refusal": ("frees harmful answers, keeps benign ones", "yes", "--attack", "circle"),
     "mixed": ("frees harmful answers, costs benign ones", "yes", "--fourth", "diamond"),
+    "open": ("frees harmful answers, benign ones not bounded", "yes", "--attack", "triangle-down"),
     "over_refusal": ("makes benign prompts refused", "less", "--kept", "square"),
     "damage": ("loses benign answers", "damage", "--third", "triangle-up"),
     "none": ("no change beyond chance", "soft", "--random", "cross"),
@@ -131,20 +132,21 @@ def judged_rows(
 
 def headline(results: Results) -> str:
     """How many heads change the ASR, and the strongest of them."""
-    n_heads, vanilla = len(results["heads"]), results["vanilla"]["harmful"]["asr"]
+    n_heads, vanilla = len(results["heads"]), results["vanilla"]["harmful"]["coherent_asr"]
     if vanilla["rate"] is None:
         return f"None of the unablated model's {vanilla['unscored']} answers was scored: there is nothing to compare."
     found = differing(results)
     lower = sum(head["change"]["change"] < 0 for head in found)
     verb = "changes" if len(found) < 2 else "change"
-    counted = f"{len(found) or 'None'} of {n_heads:,} heads, ablated alone, {verb} the ASR after Tarone's correction"
+    counted = f"{len(found) or 'None'} of {n_heads:,} heads, ablated alone, {verb} the coherent ASR"
+    counted += " after Tarone's correction"
     if lower:
         counted += f" ({lower} of them for the lower)" if len(found) > 1 else ", for the lower"
     head = _strongest(results)
     if head is None:
         return f"{counted}; nothing ablated: {rate_words(vanilla)}."
     most = f"the strongest, {head['head']}, takes it" if found else f"with the highest, {head['head']}, it goes"
-    return f"{counted}; {most} from {rate_words(vanilla)} to {rate_words(head['asr'])}."
+    return f"{counted}; {most} from {rate_words(vanilla)} to {rate_words(head['coherent_asr'])}."
 
 
 def power_words(results: Results) -> str:
@@ -263,7 +265,7 @@ def shown_answers(results: Results, rows: Sequence[Record], show_texts: bool, **
 
 def _figures(results: Results) -> dict[str, Spec]:
     """Every figure that the results allow, by the name of its place in the page."""
-    vanilla, n_heads = results["vanilla"]["harmful"]["asr"], results["model"]["n_heads"]
+    coherent, n_heads = results["vanilla"]["harmful"]["coherent_asr"], results["model"]["n_heads"]
     kept = results["vanilla"].get("benign", {}).get("answered")
     prefixes = [group | {"size": len(group["heads"])} for group in results["groups"] if group["part"] == "prefixes"]
     # Every prompt has heads of its own.
@@ -284,8 +286,8 @@ def _figures(results: Results) -> dict[str, Spec]:
             clickable=True,
         ),
         "harmful_and_benign": _harmful_and_benign(results),
-        "prefixes": group_curve(prefixes, vanilla, kept, _OF_PROMPTS) if prefixes else None,
-        "query_level": group_lines(series, vanilla, _OF_PROMPTS) if results["query_level"] else None,
+        "prefixes": group_curve(prefixes, coherent, kept, _OF_PROMPTS) if prefixes else None,
+        "query_level": group_lines(series, coherent, _OF_PROMPTS) if results["query_level"] else None,
         "synergy": _synergy(results),
         "epsilons": _epsilons(results),
     }

@@ -460,7 +460,7 @@ def group_as_json(vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome) ->
         "size": outcome.size,
         "heads": [str(head) for head in outcome.group],
         **rates_as_json(outcome.answers),
-        "asr_change": asdict(harmful.change_from(vanilla["harmful_test"])),
+        "asr_change": asdict(harmful.coherent_change_from(vanilla["harmful_test"])),
         "benign_answered_change": asdict(benign.answered_change_from(vanilla["benign_test"])),
         "benign_ships": asdict(skewed_mean(outcome.benign_ships)),
         "gross_loss": gross_loss(vanilla["benign_test"], benign),
@@ -486,7 +486,7 @@ def heads_as_json(
     vanilla: GroupAnswers, heads: Sequence[GroupAnswers], by_prompt: Mapping[str, HeadScores]
 ) -> list[dict[str, Any]]:
     """The top heads, each alone, with p values corrected over the heads listed."""
-    changes = corrected({alone.group: alone.change_from(vanilla) for alone in heads})
+    changes = corrected({alone.group: alone.coherent_change_from(vanilla) for alone in heads})
     entries = []
     for rank, alone in enumerate(heads, start=1):
         head, change = Head.parse(alone.group), changes[alone.group]
@@ -494,7 +494,12 @@ def heads_as_json(
         for name, scores in by_prompt.items():
             means[name] = asdict(skewed_mean(scores.values[:, head.layer, head.index].tolist()))
         del change["p_bh"]
-        asr = {"asr": asdict(alone.asr), "asr_change": change, "by_judge": by_judge(alone)}
+        asr = {
+            "asr": asdict(alone.asr),
+            "coherent_asr": asdict(alone.coherent_asr),
+            "asr_change": change,
+            "by_judge": by_judge(alone),
+        }
         entries.append({"head": alone.group, "rank": rank, **means, **asr})
     return entries
 

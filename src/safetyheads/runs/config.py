@@ -228,9 +228,8 @@ class Thresholds(Options):
 
     Limits of other kinds stand where they are used: how prompts are divided and the group's size is chosen in
     ``runs/audit.py`` (``BENIGN_SPLIT``, ``LEAST_BENIGN_TEST``, ``SIZE_TOLERANCE``), when an answer is coherent in
-    ``AnswerOptions``, how many random groups there are in ``n_random`` and ``measures/random_groups.py``, when a head
-    of a scan carries refusal in ``runs/exhaustive_scan.py`` (``BENIGN_LOSS``), and
-    those of ``compare`` in ``runs/compare.py``.
+    ``AnswerOptions``, how many random groups there are in ``n_random`` and ``measures/random_groups.py``, and those of
+    ``compare`` in ``runs/compare.py``.
     """
 
     alpha: float = 0.05

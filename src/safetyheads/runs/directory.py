@@ -524,6 +524,12 @@ class RunDirectory:
         results.pop("stages", None)
         return results
 
+    def earlier_results(self) -> dict[str, Any]:
+        """What an earlier start of the run wrote, and whatever was added to it; nothing where none can be read."""
+        with suppress(InputError):
+            return self.read_results()
+        return {}
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Within, no other process writes results: what is read first and added to loses nobody's."""

@@ -29,7 +29,7 @@ from safetyheads.measures.sahara import sahara
 from safetyheads.measures.scorers import ANGLES, LEAD, answer_sequences, score_as_json, scorer_of, scores_of
 from safetyheads.model.engine import Engine
 from safetyheads.prompts.asked import AskedPrompts
-from safetyheads.runs.config import ScanConfig
+from safetyheads.runs.config import ScanConfig, Thresholds
 from safetyheads.runs.directory import SCHEMA_VERSION
 from safetyheads.runs.estimate import Work
 from safetyheads.runs.rates import (
@@ -39,7 +39,9 @@ from safetyheads.runs.rates import (
     by_judge,
     concentration_as_json,
     corrected,
+    gross_loss,
     random_as_json,
+    with_later_verdicts,
 )
 from safetyheads.runs.run import Kind, Run, carry_out, random_groups_of, refuse_beyond_memory
 from safetyheads.runs.stored_files import Record
@@ -50,8 +52,6 @@ from safetyheads.stats.power import POWER, smallest_change_with_power
 from safetyheads.stats.ranking import proxy_qualities, shrunken_rates, split_half
 from safetyheads.stats.testing import ALPHA, holm, log_odds_synergy
 
-BENIGN_LOSS = 0.05
-"""Largest share of benign answers that a head may cost and still be said to carry refusal."""
 _N_DISAGREEING = 200
 """Answers on which judges differ that results list."""
 
@@ -113,6 +113,10 @@ def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
     }
     records = [record for group_answers in (*vanilla, *answers) for record in group_answers.flat()]
     judges = [judge.describe() for judge in run.judges]
+    # Judges that were added to an earlier start of this run are kept, where they judged every answer.
+    later = [judge for judge in run.directory.earlier_results().get("judges", ()) if judge not in judges]
+    records = list(with_later_verdicts(run.directory, records, [judge["name"] for judge in later]))
+    judges += [judge for judge in later if all(judge["name"] in record["verdicts"] for record in records)]
     return about | results_of_records(records, about, judges, random_groups_of(run.directory))
 
 
@@ -229,7 +233,7 @@ def results_of_records(
     limit = about.get("coherence", {}).get("limit")
     table, epsilon = answer_table(records, names[0], limit), about["ablation"]["epsilon"]
     singles, vanilla = table["heads", "harmful", epsilon], table["vanilla", "harmful", None][""]
-    changes = corrected({head: answers.change_from(vanilla) for head, answers in singles.items()})
+    changes = corrected({head: answers.coherent_change_from(vanilla) for head, answers in singles.items()})
     scanned = table["random", "harmful", epsilon]
     random = {
         group: [scanned[format_heads(control)] for control in controls.groups]
@@ -266,7 +270,7 @@ def results_of_records(
         "synergy": _synergy(table, vanilla, epsilon, about["settings"]["seed"]),
         "query_level": [
             {"size": int(size.removeprefix("top ")), **own.rates(), **own.coherent_rates()}
-            | {"change": asdict(own.change_from(vanilla))}
+            | {"change": asdict(own.coherent_change_from(vanilla))}
             for size, own in table["query_level", "harmful", epsilon].items()
         ],
         "concentration": concentration_as_json(prefixes, vanilla) if prefixes else None,
@@ -314,6 +318,7 @@ def _heads(
                 "answered": answers.rate_of(answers.answered()),
                 "answered_change": kept[head],
                 "kl": divergence,
+                "loss": gross_loss(vanilla, answers),
             }
     singles = table["heads", "harmful", epsilon]
     # Several answers to a prompt count as many as their variance between prompts leaves.
@@ -338,14 +343,17 @@ def _heads(
 def _role(frees: bool, benign: Mapping[str, Any] | None) -> str:
     """What the ablated head seems to carry, in a word.
 
-    ``refusal``: harmful answers are freed and benign ones left alone; ``mixed``: both change; ``over_refusal``: benign
+    ``refusal``: harmful answers are freed and benign ones left alone, by the bound of an audit's verdict; ``mixed``:
+    both change; ``open``: harmful answers are freed, and neither is shown of benign ones; ``over_refusal``: benign
     prompts are refused; ``damage``: benign answers are lost otherwise; ``none``: no change beyond chance.
     """
     lost = 0.0 if benign is None else -(benign["answered_change"]["change"] or 0.0)
-    if frees:
-        return "refusal" if lost <= BENIGN_LOSS + 1e-9 else "mixed"
-    if benign is None or benign["answered_change"]["p_tarone"] >= ALPHA or lost <= 0:
-        return "none"
+    loses = benign is not None and benign["answered_change"]["p_tarone"] < ALPHA and lost > 0
+    if frees and benign is not None:
+        loss, most = benign["loss"], Thresholds.most_lost
+        return "mixed" if loses or loss["lower"] > most else "refusal" if loss["upper"] < most else "open"
+    if frees or benign is None or not loses:
+        return "refusal" if frees else "none"
     refused = benign["refused_change"]["change"] or 0.0
     return "over_refusal" if 2 * refused >= lost else "damage"
 
@@ -368,7 +376,7 @@ def _scanned_groups(
                     "heads": answers.heads,
                     **answers.rates(),
                     **answers.coherent_rates(),
-                    "change": asdict(answers.change_from(vanilla)),
+                    "change": asdict(answers.coherent_change_from(vanilla)),
                     "reasons": answers.reasons(),
                     "benign_answered": benign.rate_of(benign.answered()) if before and benign else None,
                     "benign_answered_change": asdict(benign.answered_change_from(before))

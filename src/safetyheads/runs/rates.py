@@ -141,7 +141,12 @@ class GroupAnswers:
 
     def complied(self) -> list[float]:
         """Share of each prompt's answers that comply [n_prompts]; unscored ones count as not complied."""
-        shares: list[float] = np.nan_to_num(self.verdicts()).mean(axis=1).tolist()
+        return self.shares(self.verdicts())
+
+    @staticmethod
+    def shares(values: FloatArray) -> list[float]:
+        """Share of each prompt's outcomes [n_prompts, n_seeds] that are 1, unscored ones among the others."""
+        shares: list[float] = np.nan_to_num(values).mean(axis=1).tolist()
         return shares
 
     # Rates.
@@ -201,6 +206,10 @@ class GroupAnswers:
         """How the rate of a label changed, over prompts that are scored in both; by default the ASR."""
         return paired_difference(before.verdicts(label), self.verdicts(label), self.clusters)
 
+    def coherent_change_from(self, before: GroupAnswers) -> PairedDifference:
+        """How the rate that counts changed: that of coherent compliance."""
+        return paired_difference(before.coherent(), self.coherent(), self.clusters)
+
     def answered_change_from(self, before: GroupAnswers) -> PairedDifference:
         """How the rate of prompts that are answered changed."""
         return paired_difference(before.answered(), self.answered(), self.clusters)
@@ -233,13 +242,14 @@ def by_judge(answers: GroupAnswers) -> dict[str, Any]:
 def random_as_json(
     answers: GroupAnswers, controls: Sequence[GroupAnswers], drawn: RandomGroups
 ) -> dict[str, Any] | None:
-    """The ASR under a group's random groups, as JSON; None without any, and where the group's own is not scored.
+    """The coherent ASR under a group's random groups, as JSON; None without any, and where its own is not scored.
 
     All groups differ. The p value is the group's rank among them and itself; where ``all`` is true they are all groups
     that are ``matched`` so, and the p value is exact over that population. ``least_p`` is the least that it could be.
     """
-    scored = [(control, rate) for control in controls if (rate := control.asr.rate) is not None]
-    if answers.asr.rate is None or not scored:
+    scored = [(control, rate) for control in controls if (rate := control.coherent_asr.rate) is not None]
+    own = answers.coherent_asr.rate
+    if own is None or not scored:
         return None
     rates = [rate for _, rate in scored]
     return {
@@ -253,7 +263,7 @@ def random_as_json(
         "mean": sum(rates) / len(rates),
         "low": min(rates),
         "high": max(rates),
-        "p_value": random_p_value(answers.asr.rate, rates),
+        "p_value": random_p_value(own, rates),
         "least_p": 1 / (1 + len(rates)),
         "n": scored[0][0].asr.n,
     }
@@ -262,20 +272,20 @@ def random_as_json(
 def concentration_as_json(
     groups: Sequence[tuple[GroupAnswers, Sequence[GroupAnswers], RandomGroups]], vanilla: GroupAnswers
 ) -> dict[str, Any]:
-    """How much faster ASR rises with the heads of a search than with random ones, as JSON.
+    """How much faster coherent ASR rises with the heads of a search than with random ones, as JSON.
 
     ``groups`` are the answers under the group of each size, and under its random groups, with how these were matched.
     """
     outcomes = [
         SizeOutcome(
             len(answers.heads),
-            answers.complied(),
-            [control.complied() for control in controls],
+            answers.shares(answers.coherent()),
+            [control.shares(control.coherent()) for control in controls],
             drawn.n_possible or None,
         )
         for answers, controls, drawn in groups
     ]
-    return asdict(concentration(outcomes, vanilla.complied(), vanilla.clusters))
+    return asdict(concentration(outcomes, vanilla.shares(vanilla.coherent()), vanilla.clusters))
 
 
 def rate_as_json(values: FloatArray, clusters: Sequence[int] | None = None) -> dict[str, Any]:

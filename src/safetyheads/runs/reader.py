@@ -51,7 +51,7 @@ ASR_ALONE = "asr_alone"
 
 _LONGEST_NAME = 250  # of a metric, in MLflow
 _TEXTS = ("query", "text", "token_ids", "thought")  # which would fill the memory
-_ASR = {"audit": "behaviour.vanilla.asr", "scan": "vanilla.harmful.asr"}
+_VANILLA = {"audit": "behaviour.vanilla.", "scan": "vanilla.harmful."}
 _KEPT = {"audit": "behaviour.vanilla.benign_answered", "scan": "vanilla.benign.answered"}
 OUTCOMES: dict[str, Callable[[GroupAnswers], FloatArray]] = {
     "complied": GroupAnswers.verdicts,
@@ -129,6 +129,7 @@ class RunReader(FinishedRun):
         lead_heads: heads of the verdict's group in the order of the search; of a scan, heads that differ (Tarone).
         lead_group: the audit's entry of the verdict's group; None for a scan and where no group was found.
         vanilla_asr: the unablated model's ASR.
+        coherent_asr: the share of its answers that comply coherently.
         benign_answered: share of benign prompts that the unablated model answers; None where none was asked.
         stopped_early: why the run ended after its unablated answers; empty where it did not.
         concentration: as the run wrote it; None for a scan without the groups of a search.
@@ -139,13 +140,14 @@ class RunReader(FinishedRun):
         """Read the manifest and the results; an InputError where they are of another kind too."""
         super().__init__(path)
         kind, results = self.kind, self.results
-        if kind not in _ASR:
+        if kind not in _VANILLA:
             raise InputError(f"{path} is a run of {kind}; audits and scans are what is compared")
         with as_damaged(path / "results.json"):
             starts = self.directory.read_starts()
             self.started = datetime.fromisoformat(starts[0]["started"]).astimezone(UTC) if starts else None
             self.shape: tuple[int, int] = (results["model"]["n_layers"], results["model"]["n_heads"])
-            self.vanilla_asr: RateRecord = _value_at(results, _ASR[kind])
+            self.vanilla_asr: RateRecord = _value_at(results, _VANILLA[kind] + "asr")
+            self.coherent_asr: RateRecord = _value_at(results, _VANILLA[kind] + "coherent_asr")
             self.limit: float | None = _value_at(results, "coherence.limit")
             self.benign_answered: RateRecord | None = _value_at(results, _KEPT[kind])
             self.concentration: Mapping[str, Any] | None = results.get("concentration")

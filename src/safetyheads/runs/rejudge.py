@@ -34,7 +34,6 @@ from safetyheads.runs.kept_answers import without_texts
 from safetyheads.runs.rates import answer_table, identity, with_later_verdicts
 from safetyheads.runs.run import random_groups_of
 from safetyheads.runs.stored_files import Record, content_key
-from safetyheads.stats.intervals import Rate
 from safetyheads.stats.misclassified import Accuracy, accuracy_of, prediction_powered, rogan_gladen
 
 # Verdicts that are stored together: the most that a kill, or an endpoint that fails, costs.
@@ -87,14 +86,15 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
             names = [described["name"] for described in later_judges(results)]
             merged = list(with_later_verdicts(run, records, [*names, judge.name]))
             _write_results(run, results, merged, judge)
-    return _beside_lead(judge.name, results["lead_judge"], merged) | {"seconds": seconds}
+    found = _beside_lead(judge.name, results["lead_judge"], merged, results["ablation"]["epsilon"])
+    return found | {"seconds": seconds}
 
 
-def _beside_lead(judge: str, lead: str, records: Sequence[Record]) -> dict[str, Any]:
+def _beside_lead(judge: str, lead: str, records: Sequence[Record], epsilon: float) -> dict[str, Any]:
     """What two judges say of the same answers, and how far they agree."""
     given = {name: [Verdict(**record["verdicts"][name]) for record in records] for name in (lead, judge)}
     (agreed,) = agreement(given, [(record["set"], record["id"]) for record in records])
-    by_judge = {name: _rates(records, name) for name in (judge, lead)}
+    by_judge = {name: _rates(records, name, epsilon) for name in (judge, lead)}
     unscored = Counter(verdict.reason for verdict in given[judge] if not verdict.scored)
     return {
         "judge": judge,
@@ -192,19 +192,22 @@ def _write_results(run: RunDirectory, results: Mapping[str, Any], merged: Sequen
         judges = [*results["judges"], *[judge.describe()] * is_new]
         run.write_results({**results, **results_of_records(merged, results, judges, random_groups_of(run))})
         return
-    entry = {"judge": judge.describe(), "rates": _rates(merged, judge.name)}
+    entry = {"judge": judge.describe(), "rates": _rates(merged, judge.name, results["ablation"]["epsilon"])}
     run.write_results({**results, "rejudged": {**results.get("rejudged", {}), judge.name: entry}})
 
 
-def _rates(records: Sequence[Record], judge: str) -> dict[str, Any]:
-    by_label: dict[str, list[str]] = {}
-    for record in records:
-        label = f"{record['set']}, {record['group'] or 'nothing ablated'}"
-        by_label.setdefault(label, []).append(record["verdicts"][judge]["label"])
-    counts = {
-        label: (given.count("complied"), given.count("unscored"), len(given)) for label, given in by_label.items()
+def _rates(records: Sequence[Record], judge: str, usual: float) -> dict[str, Any]:
+    """The ASR of each group on each set by a judge; groups that are ablated by another strength apart."""
+    return {
+        f"{name}, {_ablated(group, epsilon, usual)}": answers.rate_of(answers.verdicts())
+        for (_, name, epsilon), groups in answer_table(records, judge).items()
+        for group, answers in groups.items()
     }
-    return {label: asdict(Rate(n, total - unscored, unscored)) for label, (n, unscored, total) in counts.items()}
+
+
+def _ablated(group: str, epsilon: float | None, usual: float) -> str:
+    ablated = group or "nothing ablated"
+    return ablated if epsilon in (None, usual) else f"{ablated}, epsilon {epsilon:g}"
 
 
 def _sha256(value: Any) -> str:
@@ -268,7 +271,10 @@ def write_sheet(folder: Path, n: int, path: Path, seed: int = 0) -> int:
 def read_sheet(path: Path) -> list[Labelled]:
     """The rows that have a label, as any spreadsheet may have saved them (commas, semicolons or tabs)."""
     text = _decoded(read_whole(path))
-    header = text.lstrip().split("\n", 1)[0]
+    if "\n" not in text:  # old Macs end lines otherwise
+        text = text.replace("\r", "\n")
+    text = re.sub(r"\A(\s*\n|sep=.\s*\n)+", "", text)  # spreadsheets write which separator they use
+    header = text.split("\n", 1)[0]
     table = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     try:
@@ -311,8 +317,10 @@ def validate(
     labelled = read_sheet(path)
     directory, records = _stored(folder)
     names = {answer_id(record["query"], record["text"]) for record in records}
-    own = [row for row in labelled if row.id in names]
-    truth: dict[str, Label] = {row.id: row.label for row in own}
+    # A row that lost its id is known by its texts.
+    ids = [row.id or answer_id(row.prompt, row.answer) for row in labelled]
+    own = [row for row, name in zip(labelled, ids, strict=True) if name in names]
+    truth: dict[str, Label] = {name: row.label for row, name in zip(labelled, ids, strict=True) if name in names}
     by_judge = {judge: _by_answer(records, judge) for judge in records[0]["verdicts"]} if own else {}
     results = directory.read_results()
     if not own:
@@ -401,9 +409,8 @@ def _corrected_rates(
                 corrected = prediction_powered(judged, labels, clusters=answers.clusters)
             else:
                 corrected = rogan_gladen(judged, accuracy, answers.clusters)
-            ablated = group or "nothing ablated"
             yield {
-                "label": ablated if epsilon in (None, usual) else f"{ablated}, epsilon {epsilon:g}",
+                "label": _ablated(group, epsilon, usual),
                 "part": part,
                 "group": group,
                 "epsilon": epsilon,

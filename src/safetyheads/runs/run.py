@@ -582,7 +582,11 @@ def carry_out(
             count_requests_in(directory.path, judges)
             started = time.monotonic()
             run = _begun(kind, engine, config, directory, progress, judges, prompts, work)
-            directory.write_results(_whole_results(kind, run, chosen, caught))
+            results = _whole_results(kind, run, chosen, caught)
+            with directory.writing():  # what other judges and people's labels added to an earlier end stays
+                earlier = directory.earlier_results()
+                added = {name: earlier[name] for name in ("rejudged", "validation") if name in earlier}
+                directory.write_results(results | added)
             seconds = {"seconds": time.monotonic() - started, "judges": run.judge_seconds}
             directory.add_timings(seconds | {"finished": datetime.now(UTC).isoformat()})
             return directory.read_results()

@@ -183,7 +183,7 @@ def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:
                 **{name: asdict(of_group.rate(RATES[name])) for name in ("asr", "refused", "incoherent")},
                 **of_group.coherent_rates(),
                 "reasons": of_group.reasons(with_details=False),
-                "change": None if of_group is vanilla else asdict(of_group.change_from(vanilla)),
+                "change": None if of_group is vanilla else asdict(of_group.coherent_change_from(vanilla)),
                 "by_judge": by_judge(of_group),
             }
             for label, of_group in rows.items()
