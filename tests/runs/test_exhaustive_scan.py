@@ -50,7 +50,10 @@ def test_rates_and_tests_of_each_head(results):
 
 def test_roles_tell_refusal_from_damage(results):
     roles = {one["head"]: one["role"] for one in results["heads"]}
-    assert (roles["0-1"], roles["1-2"], roles["1-0"], roles["0-0"]) == ("refusal", "damage", "over_refusal", "none")
+    # None of 12 benign answers lost is no bound below .1; none of 25 is.
+    assert (roles["0-1"], roles["1-2"], roles["1-0"], roles["0-0"]) == ("open", "damage", "over_refusal", "none")
+    assert head(made(n=25), "0-1")["role"] == "refusal"
+    assert head(made(n=24), "0-1")["role"] == "open"
     both = made(freed=(("1-2", 12),))
     assert head(both, "1-2")["role"] == "mixed"
     assert head(results, "1-0")["benign"]["refused"]["count"] == 10
