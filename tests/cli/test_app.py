@@ -107,6 +107,9 @@ def test_an_audit_is_judged_again_and_its_report_written_again(run, audited, tmp
     assert (code, json.loads(printed)["n_unscored"]) == (0, 0)
     rejudged = RunDirectory.open(copy).read_results()["rejudged"]
     assert rejudged["released"]["rates"]["harmful_test, nothing ablated"]["n"] == 8
+    # The run's own command keeps them.
+    assert run("demo", *SMALL, "--out", copy)[0] == 0
+    assert RunDirectory.open(copy).read_results()["rejudged"] == rejudged
     page, sizes = copy / "report" / "index.html", []
     for options in ((), ("--show-completions",)):
         page.unlink()

@@ -127,6 +127,9 @@ def test_later_judges_find_each_other_but_none_whose_start_was_killed_before_its
     assert ((copied / "results.json").read_bytes(), (copied / "report/index.html").read_bytes()) == before
     code, _, _ = run("judge", copied, "--judge", "paper")
     assert code == 2
+    # The run's own command keeps them.
+    assert run(*SMALL, "--judge", "paper", "--limit", "8", "--no-scores", "--out", copied)[0] == 0
+    assert (copied / "results.json").read_bytes() == before[0]
 
 
 def test_no_completions_stores_no_words_and_leaves_nothing_to_judge(run, refused, tmp_path):

@@ -114,7 +114,8 @@ def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
     records = [record for group_answers in (*vanilla, *answers) for record in group_answers.flat()]
     judges = [judge.describe() for judge in run.judges]
     # Judges that were added to an earlier start of this run are kept, where they judged every answer.
-    later = [judge for judge in run.directory.earlier_results().get("judges", ()) if judge not in judges]
+    own = [judge.name for judge in run.judges]
+    later = [judge for judge in run.directory.earlier_results().get("judges", ()) if judge["name"] not in own]
     records = list(with_later_verdicts(run.directory, records, [judge["name"] for judge in later]))
     judges += [judge for judge in later if all(judge["name"] in record["verdicts"] for record in records)]
     return about | results_of_records(records, about, judges, random_groups_of(run.directory))
