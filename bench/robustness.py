@@ -45,9 +45,10 @@ READING = ("judge", "report", "compare")
 WITHOUT_BYTES = ("starts", "set-aside", "timings.json", ".lock-", ".gitignore")
 """What may differ between two runs of the same bytes: dates, seconds, what was set aside."""
 
-# Loads the model and all modules once, and forks for each line "moment arguments": the moment at which the process is
-# killed in seconds of its processor time (by a signal that nobody handles: the kernel ends it as kill -9 does), or as
-# the number of a write, or 0. Answers the exit status, how often it wrote, and its processor time.
+# Loads the model and all modules once, and forks for each line "moment how arguments": the moment at which the
+# process is killed in seconds of its processor time (by a signal without a handler, as kill -9), or as
+# the number of a write, or 0; of a write, how is "before" the file has its name, "half" with half of it, or "after".
+# Answers the exit status, how often it wrote, and its processor time.
 # A report's pictures cost a second and write nothing: here a digest of what they show stands for each.
 SERVER = """
 import json, os, signal, sys
@@ -68,17 +69,17 @@ engine = load_demo("aligned_a").engine
 app.load_engine = lambda *_, **__: engine
 link, replace = os.link, os.replace
 
-def child(moment, arguments):
+def child(moment, how, arguments):
     written = 0
     def killed_at(write, partial, name):
         nonlocal written
         written += 1
         ends = isinstance(moment, int) and written == moment
-        if ends and moment % 3 == 0:
-            os.truncate(partial, os.path.getsize(partial) // 2)  # half of the file is there
-        elif ends and moment % 3 == 1:
-            write(partial, name)  # the file has its name, and what follows is not done
-        if ends:  # else the partial file is there, its name is not
+        if ends and how == "half":
+            os.truncate(partial, os.path.getsize(partial) // 2)
+        elif ends and how == "after":
+            write(partial, name)
+        if ends:
             os.kill(os.getpid(), signal.SIGKILL)
         write(partial, name)
     os.link = lambda *names: killed_at(link, *names)
@@ -89,7 +90,7 @@ def child(moment, arguments):
         os.write(answers[1], written.to_bytes(4, "little"))
 
 for line in sys.stdin:
-    moment, *arguments = line.split()
+    moment, how, *arguments = line.split()
     if arguments[0] == "eval":
         import lm_eval.models.huggingface, lm_eval.tasks
         from safetyheads.integrations import utility
@@ -98,13 +99,13 @@ for line in sys.stdin:
         os.dup2(2, 1)
         if "." in moment:
             signal.setitimer(signal.ITIMER_VIRTUAL, float(moment))  # templates have the other timer
-        child(0 if "." in moment else int(moment), arguments)
+        child(0 if "." in moment else int(moment), how, arguments)
         os._exit(0)
     os.close(answers[1])
     _, status, used = os.wait4(pid, 0)
     written = int.from_bytes(os.read(answers[0], 4), "little")
     os.close(answers[0])
-    print(os.waitstatus_to_exitcode(status), written, used.ru_utime + used.ru_stime, flush=True)
+    print(os.waitstatus_to_exitcode(status), written, used.ru_utime, flush=True)
 """
 
 
@@ -132,11 +133,11 @@ class Commands:
             self.server.stdin.close()
             self.server.wait()
 
-    def run(self, name: str, out: Path, moment: float = 0) -> tuple[int, int, float]:
+    def run(self, name: str, out: Path, moment: float = 0, how: str = "before") -> tuple[int, int, float]:
         """The exit status (negative: the signal), the number of files written, and seconds of the processor."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
-        print(moment, COMMANDS[name].replace("OUT", str(out)), file=self.server.stdin, flush=True)
+        print(moment, how, COMMANDS[name].replace("OUT", str(out)), file=self.server.stdin, flush=True)
         status, written, seconds = self.server.stdout.readline().split()
         return int(status), int(written), float(seconds)
 
@@ -184,7 +185,9 @@ def contents(out: Path) -> dict[str, bytes]:
     }
 
 
-def survives(commands: Commands, name: str, whole: Whole, out: Path, moment: float) -> tuple[str, bool]:
+def survives(
+    commands: Commands, name: str, whole: Whole, out: Path, moment: float, how: str = "before"
+) -> tuple[str, bool]:
     """Where a command is killed, and whether it leaves, started again, the bytes of one that was not killed.
 
     Nothing that was stored before the kill is computed again. A moment after its end is moved into its time.
@@ -192,7 +195,7 @@ def survives(commands: Commands, name: str, whole: Whole, out: Path, moment: flo
     status, started = 0, 0
     while status not in (-signal.SIGKILL, -signal.SIGVTALRM):
         whole.fresh(out)
-        started, (status, *_) = time.time_ns(), commands.run(name, out, moment)
+        started, (status, *_) = time.time_ns(), commands.run(name, out, moment, how)
         moment = max(0.001, moment * 0.9) if isinstance(moment, float) else moment - 1
     where = last_place(out, started)
     stored = [path for folder in ("shards", "completions") for path in (out / folder).rglob("[!.]*.*")]
@@ -233,7 +236,8 @@ def kills(
     for number in range(moments):
         for name, whole in wholes.items():
             moment = chosen.uniform(0, whole.seconds) if number % 2 else chosen.randint(1, whole.writes)
-            where, holds = survives(commands, name, whole, folder / "killed", moment)
+            how = chosen.choice(("before", "half", "after"))
+            where, holds = survives(commands, name, whole, folder / "killed", moment, how)
             yield f"{name} {where}", holds
 
 
