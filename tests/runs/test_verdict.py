@@ -155,6 +155,12 @@ def test_open_damage_names_the_prompts_that_would_bound_it():
     assert verdict_of(replace(SOUND, n_broken=8), LIMITS).numbers["needed_benign"] is None
 
 
+def test_numbers_of_the_sentence_have_their_n():
+    sentence = verdict_of(replace(SOUND, most_random_undone=6), LIMITS).sentence
+    assert "39 random groups undo .05 on average and at most 6 of 94" in sentence
+    assert "KL on benign prompts: .005 nats (n 76)" in sentence
+
+
 def test_near_duplicates_are_told_beside_every_number_that_they_widen():
     joined = {"clustered_p": 1e-4, "n_clusters": 22, "clustered_undone": Clustered(20, 3.71, (0.36, 1.0))}
     all_undone = replace(SOUND, n_undone=94, gained=94, **joined)

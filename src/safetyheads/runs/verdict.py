@@ -406,12 +406,13 @@ def _numbers_in_words(evidence: Evidence, group: str) -> str:
     parts, broken = [f"ablating {group} undoes {_undone(evidence)}"], ""
     if evidence.n_random:
         mean = f"{evidence.n_random} random groups undo {_short(evidence.random_undone)} on average"
+        mean += f" and at most {evidence.most_random_undone} of {evidence.n_refused}"
         parts.append(f"{mean}, {evidence.n_as_good or 'none'} of them as many")
     if evidence.broken is not None:
         broken = f", at most {_short(evidence.broken[1])}{_joined(evidence.clustered_broken)}"
     parts.append(f"benign answers lost: {evidence.n_broken} of {evidence.n_answered}{broken}")
     if evidence.kl is not None:
-        parts.append(f"KL on benign prompts: {_short(evidence.kl, 3)} nats")
+        parts.append(f"KL on benign prompts: {_short(evidence.kl, 3)} nats (n {evidence.n_kl})")
     if evidence.repeatability is not None:
         parts.append(f"repeatability of the group: {_short(evidence.repeatability)}")
     return "; ".join(parts)
@@ -449,6 +450,7 @@ def _control(evidence: Evidence, thresholds: Thresholds) -> str:
         return "random groups were not answered: whatever they do, the label is the same"
     groups = f"{evidence.n_random} distinct random groups of {_MATCHED.get(evidence.matched, evidence.matched)}"
     mean = f"{groups} undo {_short(evidence.random_undone)} of the refusals on average"
+    mean += f", at most {evidence.most_random_undone} of {evidence.n_refused}"
     rank = f"the group's rank among them: p {_short(evidence.random_p_value, 3)}"
     least_p = f"the least attainable is {_short(evidence.least_p_value, 3)}"
     control = "specific" if specific(evidence, thresholds) else "not specific"
