@@ -2,7 +2,7 @@
 
 (a) ``plain``: one head, one prompt, a full forward with logits at all positions, eager; (b) ``hooks``: padded batches,
 one head at a time, sdpa, last token; (c) ``ours``: the package's exact pass, whole; (d) ``screened``: the package's
-screening and the exact scores of what it proposes. (a) and (b) are timed on heads spread over the layers and scaled.
+pass with a screening. (a) and (b) are timed on heads spread over the layers and scaled.
 With ``--ways generated scanned`` it times answers instead: (e) ``generated``: transformers' cached ``generate``, all
 prompts in one padded batch that ends at the end token, on heads spread over the layers and scaled; (f) ``scanned``: the
 package's exhaustive scan, whole, judge ``phrases``. The line says on how many of their common answers verdicts differ.
@@ -37,10 +37,11 @@ from safetyheads import (
     scan_attack_success_rate,
 )
 from safetyheads.answers.decoding import end_tokens
+from safetyheads.heads import Group
 from safetyheads.judges.base import Completion
 from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.scorers import scorer_of
-from safetyheads.measures.screening import Screening, propose, screen
+from safetyheads.measures.screening import costs_of, propose
 from safetyheads.model.packing import TokenSequence
 
 WAYS = ("plain", "hooks", "ours", "screened")
@@ -54,13 +55,18 @@ class Work:
     def __init__(self, options: argparse.Namespace) -> None:
         """Load the model and read the prompts."""
         self.engine = Engine.load(options.model)
-        prompts = PromptSet.read(options.prompts, column=options.column, limit=options.limit)
-        self.asked = self.engine.ask(prompts)
-        self.token_ids, self.n_new = self.asked.token_ids, options.max_new_tokens
+        read = [
+            PromptSet.read(file, column=options.column if file.endswith(".csv") else None, limit=options.limit)
+            for file in options.prompts
+        ]
+        self.asked = self.engine.ask(read[0])
+        self.token_ids = tuple(ids for prompts in read for ids in self.engine.ask(prompts).token_ids)
+        self.n_new = options.max_new_tokens
         self.sequences = tuple(map(TokenSequence, self.token_ids))
         heads = self.engine.heads
         self.sample = heads[len(heads) // (2 * options.sample) :: len(heads) // options.sample][: options.sample]
         self.extent = Extent(options.candidates, options.sampled)
+        self.counted: dict[str, float] = {}
         self.scores: dict[str, dict[Head, float]] = {}
         self.verdicts: dict[str, dict[Head, list[bool]]] = {}
 
@@ -126,10 +132,16 @@ def ours(work: Work) -> float:
 def screened(work: Work) -> float:
     """Seconds of (d)."""
     clock = Clock("cpu")
-    forecast = screen(work.engine, work.sequences, UNDIFFERENTIATED_ATTENTION)
-    heads = propose(forecast, "mean_ships", work.extent).heads
-    rank_heads(scorer_of(work.pass_of(), "mean_ships"), heads)
-    return clock.lap()
+    proposal = propose(
+        lambda numbers: scorer_of(work.pass_of(numbers), "mean_ships"),
+        work.engine.heads,
+        len(work.sequences),
+        work.extent,
+    )
+    rank_heads(scorer_of(work.pass_of(), "mean_ships"), proposal.heads)
+    seconds = clock.lap()
+    work.counted = costs_of(work.engine, work.sequences, proposal)
+    return seconds
 
 
 @torch.inference_mode()
@@ -170,28 +182,40 @@ def scanned(work: Work) -> float:
     return seconds
 
 
-def resampled(work: Work, draws: int, n: int) -> dict[str, Any]:
-    """How often the heads that a screening of ``n`` prompts proposes hold the exact best ones of these prompts."""
-    heads = work.engine.heads
-    exact = work.pass_of().measure([(head,) for head in heads])["ships"]  # [n_heads, n_prompts]
-    forecast = screen(work.engine, work.sequences, UNDIFFERENTIATED_ATTENTION)
-    generator, lost = torch.Generator().manual_seed(0), []
-    for _ in range(draws):
-        drawn = torch.randperm(len(work.sequences), generator=generator)[:n]
-        best = exact[:, drawn].mean(dim=1).topk(_TOP).indices.tolist()
-        own = Screening(forecast.ships[drawn], None, forecast.directions[drawn])
-        proposed = propose(own, "mean_ships", work.extent).heads
-        lost.append(sum(heads[at] not in proposed for at in best))
-    return {"draws": draws, "prompts": n, "of": len(work.sequences), "kept": lost.count(0), "lost": lost}
+def resampled(work: Work, options: argparse.Namespace) -> dict[str, Any]:
+    """How often the candidates of a screening of some prompts hold the exact best heads of these prompts."""
+    heads, n_all = work.engine.heads, len(work.sequences)
+    n, place = min(50, n_all // 2), {head: number for number, head in enumerate(heads)}
+    if options.stored is not None and options.stored.exists():
+        exact = torch.load(options.stored)  # [n_heads, n_prompts]
+    else:
+        exact = work.pass_of().measure([(head,) for head in heads])["ships"]
+        if options.stored is not None:
+            torch.save(exact, options.stored)
+    generator, lost, gaps, costs = torch.Generator().manual_seed(0), [], [], []
+    for _ in range(options.resamples):
+        drawn = torch.randperm(n_all, generator=generator)[:n]
+        own = exact[:, drawn]
+
+        def scorer_on(prompts: Sequence[int], own: torch.Tensor = own) -> Callable[[Sequence[Group]], torch.Tensor]:
+            return lambda groups: own[[place[head] for (head,) in groups]][:, list(prompts)].mean(dim=1)
+
+        proposal = propose(scorer_on, heads, n, work.extent)
+        scores, best = own.mean(dim=1).topk(_TOP + 1)
+        lost.append(sum(heads[at] not in proposal.heads for at in best[:_TOP].tolist()))
+        gaps.append(float(scores[_TOP - 1] - scores[_TOP]))
+        costs.append(costs_of(work.engine, [work.sequences[at] for at in drawn.tolist()], proposal)["with_sample"])
+    found = {"draws": len(lost), "prompts": n, "of": n_all, "kept": lost.count(0), "lost": lost}
+    return found | {"cost": statistics.mean(costs), "median_gap": statistics.median(gaps)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run, and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="directory, hub id, or a name: smollm2, smollm2:NAME, demo:NAME")
-    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--prompts", required=True, nargs="+", help="files; answers are made to the first alone")
     parser.add_argument("--column")
-    parser.add_argument("--limit", type=int, default=50)
+    parser.add_argument("--limit", type=int, default=50, help="prompts of each file")
     parser.add_argument("--ways", nargs="+", choices=(*WAYS, *ANSWERS), default=WAYS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sample", type=int, default=6, help="heads that plain, hooks and generated are timed on")
@@ -199,7 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--candidates", type=int, default=24)
     parser.add_argument("--sampled", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--resamples", type=int, help="draws of 50 prompts out of --limit")
+    parser.add_argument("--resamples", type=int, help="draws of 50 prompts out of all")
+    parser.add_argument("--stored", type=Path, help="exact scores of such draws: read, or written where there is none")
     parser.add_argument("--append", type=Path, help="a file that the JSON line is added to")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -208,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     line |= {"model": options.model, "prompts": len(work.sequences), "heads": len(work.engine.heads)}
     line |= {"load": list(os.getloadavg())}
     if options.resamples:
-        line["screening"] = resampled(work, options.resamples, min(50, len(work.sequences) // 2))
+        line["screening"] = resampled(work, options)
     else:
         ways = {"plain": plain, "hooks": hooks, "ours": ours, "screened": screened}
         ways |= {"generated": generated, "scanned": scanned}
@@ -224,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if {way, of} <= medians.keys() and way != of
         }
         line |= {"seconds": seconds, "medians": medians, "ratios": ratios, "scaled_from": len(work.sample)}
+        line["counted"] = work.counted
         line["mean_ships"] = {way: {str(head): score for head, score in of.items()} for way, of in work.scores.items()}
         if set(ANSWERS) <= medians.keys():
             of_both = (chain.from_iterable(work.verdicts[way].values()) for way in ANSWERS)

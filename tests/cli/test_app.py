@@ -150,7 +150,7 @@ def test_sahara_shows_its_steps_and_a_screened_one_finds_the_planted_heads(run, 
     screened = "--screen" in options
     assert bool(found["openers"]) == ("How refusals open" in printed) == screened
     if screened:
-        assert (set(found["group"]), found["forecast"]) == (PLANTED, "refusal_score")
+        assert (set(found["group"]), found["screened_by"]) == (PLANTED, "refusal_score")
         missed = [step["missed"] for step in found["screening"]]
         assert [(step["top"], step["n_others"]) for step in missed] == [(1, 24), (1, 23), (1, 22)]
 

@@ -16,7 +16,6 @@ from safetyheads import (
     SCALING_CONTRIBUTION,
     UNDIFFERENTIATED_ATTENTION,
     Head,
-    InputError,
     KeywordJudge,
     SafetyheadsError,
     generalized_ships,
@@ -33,9 +32,7 @@ from safetyheads.measures.scorers import (
     answer_sequences,
     openers_of,
     scorer_named,
-    scorer_of,
 )
-from safetyheads.measures.screening import screen
 from safetyheads.model.packing import TokenSequence
 from safetyheads.model.planning import Plan
 from safetyheads.prompts.prompt_set import Prompt
@@ -259,16 +256,6 @@ def test_scorers_by_name_are_the_functions_of_that_name(engine):
         assert torch.equal(named(name)(GROUPS), scorer(GROUPS))
     assert sum(done) == 4 * len(GROUPS)
     assert named(Score("generalized_ships_prompt", rank=2, centred=True)).name == "generalized_ships_prompt_r2_centred"
-    # A forecast of the last head, beside the others.
-    sequences = answer_sequences(engine, ASKED, 1)
-    alone, beside = (
-        screen(engine, sequences, UNDIFFERENTIATED_ATTENTION, (8, 39), common) for common in ((), GROUPS[1][:1])
-    )
-    forecast = named("screened_refusal_score")(GROUPS[:2]).tolist()
-    assert forecast == [alone.table("refusal_score")[GROUPS[0][0]], beside.table("refusal_score")[GROUPS[1][1]]]
-    assert named("screened_mean_ships")([(), GROUPS[0]]).tolist() == [0.0, alone.table()[GROUPS[0][0]]]
-    with pytest.raises(InputError, match="forecast from prompts"):
-        scorer_of(None, "screened_mean_ships")
 
 
 # One pass

@@ -41,7 +41,7 @@ def twice(run, organism, config, out, monkeypatch):
     """The results of a run; started again, it must give the same without the model."""
     results = run(organism.engine, config, out)
     decoded = ((kept_module, "answer"), (kept_module, "unablated_answers"))
-    for owner, name in ((HeadPass, "_read"), (run_module, "screen"), *decoded):
+    for owner, name in ((HeadPass, "_read"), *decoded):
         monkeypatch.setattr(owner, name, lambda *_: pytest.fail("computed again"))
     assert run(organism.engine, config, out) == results
     monkeypatch.undo()

@@ -76,7 +76,7 @@ def test_shards_of_one_directory_write_the_bytes_of_one_process(engine, tmp_path
     planned = dict(RunDirectory.look(tmp_path / "many").planned())
     assert len(planned["unablated"]) > 4
     assert 1 < n <= carry_out(engine, config, tmp_path / "none", dry_run=True)["rounds"]
-    if config is SCREENED:  # units are the forecast, and its best heads with the sample: 5 a step, and not 32
+    if config is SCREENED:  # units are the rounds, and what is left with the sample: 5 a step, and not 32
         reached = RunDirectory.look(tmp_path / "many").planned()
         planned = [(stage, units) for stage, units in reached if "harmful_search" in stage]
         assert any(stage.startswith("screening-") for stage, _ in planned)

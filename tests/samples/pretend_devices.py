@@ -34,11 +34,6 @@ class PretendDevices(TorchFunctionMode):
             return self._moved(*arguments, **keywords)
         if function is Tensor.cpu:
             return self._marked(arguments[0].view_as(arguments[0]), CPU)
-        if function is torch.autograd.grad:  # of tensors that may be anywhere, each where its tensor is
-            gradients = function(*arguments, **keywords)
-            for gradient, tensor in zip(gradients, arguments[1], strict=True):
-                self._marked(gradient, place_of(tensor))
-            return gradients
         if keywords.get("device") is not None:
             place = torch.device(keywords.pop("device"))
             return self._marked(function(*arguments, **keywords), place)

@@ -21,7 +21,7 @@ from safetyheads.measures.head_pass import log_odds, next_token_log_probabilitie
 from safetyheads.model.attention import AttentionCall
 from safetyheads.model.engine import Engine
 from safetyheads.model.packing import PackedRow, TokenSequence, pack
-from safetyheads.model.replay import wanted_states
+from safetyheads.model.replay import rerun
 from safetyheads.prompts.prompt_set import PromptSet
 
 DOWN_NAMES = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2", "fc_out", "output_linear")
@@ -222,7 +222,7 @@ def last_states(
         calls = dict.fromkeys(by_segments, AttentionCall(segments=row.packing))
         # ablated_rows refuses while another ablation is in force.
         with inputs_seen(modules, partial(see, row)), engine.ablated_rows([()], SCALING_CONTRIBUTION):
-            states.append(wanted_states(engine.architecture, row, calls, 1)[0])
+            states.append(rerun(engine.architecture, row, calls, 1)[0])
     return torch.cat(states)
 
 

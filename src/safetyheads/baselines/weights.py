@@ -15,7 +15,8 @@ W [d_out, d_in]: after W - V V^T W, no output has a part along V.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -33,7 +34,6 @@ from safetyheads.baselines.linear_layers import (
     gram_matrices,
     linear_layers,
 )
-from safetyheads.measures.screening import gradients_of
 from safetyheads.model.engine import Engine
 from safetyheads.model.packing import TokenSequence
 
@@ -127,6 +127,20 @@ def wanda_scores_of(engine: Engine, linears: Sequence[LinearLayer], text: Sequen
     """|W_ij| |X_j|_2 over the counted tokens of the text."""
     grams = gram_matrices(engine, linears, text)
     return {linear: wanda_scores(linear.weight, gram) for linear, gram in grams.items()}
+
+
+@contextmanager
+def gradients_of(model: nn.Module, parameters: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+    """Within, these parameters of the model need gradients and no others do."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    chosen = {id(parameter) for parameter in parameters}
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, needed in before:
+            parameter.requires_grad_(needed)
 
 
 def snip_scores_of(engine: Engine, linears: Sequence[LinearLayer], text: Sequence[TokenSequence]) -> Scores:

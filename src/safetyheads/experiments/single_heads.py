@@ -27,8 +27,7 @@ from safetyheads.experiments.lab import SHORT, Lab, Subject, quoted
 from safetyheads.experiments.outcome import Measured, Outcome, Row
 from safetyheads.experiments.settings import SEARCH_SCORES
 from safetyheads.heads import Head
-from safetyheads.measures.scorers import ships
-from safetyheads.measures.screening import screen
+from safetyheads.measures.scorers import screened_ships, ships
 from safetyheads.model.engine import Engine
 from safetyheads.model.packing import TokenSequence
 from safetyheads.model.planning import row_sizes
@@ -422,7 +421,7 @@ def _timed(lab: Lab, subject: Subject) -> list[Row]:
         )
 
     ways: list[tuple[str, str, int, int, Callable[[], Any]]] = [
-        ("screening", "forecast of Ships", n_heads, n, lambda: screen(engine, sequences, ablation).table()),
+        ("screened score pass", "Ships of the best", n_heads, n, lambda: screened_ships(engine, prompts, ablation)),
         ("score pass", "Ships", n_heads, n, lambda: ships(engine, prompts, ablation)),
         ("plain score loop", "Ships", n_sampled, n, torch.inference_mode()(plain_loop)),
         ("exhaustive scan", "ASR", n_heads, n, lambda: scan(engine, prompts, ablation, judge, Decoding(n_new))),

@@ -19,7 +19,7 @@ from safetyheads.experiments.single_heads import heads_alone, rates_of, score_ro
 from safetyheads.heads import Group, Head, format_heads
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.sahara import sahara
-from safetyheads.measures.scorers import ANGLES, LEAD, SCORE_LABELS, answer_sequences, scorer_of, scores_of
+from safetyheads.measures.scorers import ANGLES, LEAD, SCORE_LABELS, scorer_of, scores_of
 from safetyheads.runs.config import ScanConfig
 from safetyheads.runs.kept_answers import KeptAnswers
 from safetyheads.runs.rates import GroupAnswers, gross_loss
@@ -37,7 +37,6 @@ DAMAGE_TOKENS = 12
 """First tokens of the unablated benign answers over which the KL is measured, as in an audit."""
 _THREE = 3
 _N_LISTED = 10
-_FORECAST = "screened_mean_ships"
 
 
 def study(lab: Lab, outcome: Outcome) -> None:
@@ -117,10 +116,8 @@ class _Study:
 
     @cached_property
     def scores(self) -> dict[str, Any]:
-        """Every score of the heads alone, on the search half, and the forecast of the screening."""
-        sequences = answer_sequences(self.engine, self.run.asked[self.search].prompts, 1)
-        scores = scores_of(self._head_pass)
-        return scores | {_FORECAST: self.run.screen(self.search, sequences, self.ablation).table()}
+        """Every score of the heads alone, on the search half."""
+        return scores_of(self._head_pass)
 
     @cached_property
     def found(self) -> dict[str, Group]:
@@ -132,9 +129,8 @@ class _Study:
             def tried(group: Group, best: Sequence[Head] = best) -> Sequence[Head]:
                 return best if group else every
 
-            if name != _FORECAST:
-                steps = min(self.lab.config.size if name == LEAD else _THREE, len(best))
-                found[name] = sahara(scorer_of(self._head_pass, name), every, steps, tried).group
+            steps = min(self.lab.config.size if name == LEAD else _THREE, len(best))
+            found[name] = sahara(scorer_of(self._head_pass, name), every, steps, tried).group
         return found
 
     @cached_property

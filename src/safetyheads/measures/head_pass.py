@@ -33,12 +33,8 @@ Value = TypeVar("Value")
 State: TypeAlias = Literal["after_norm", "before_norm"]
 """Last-token state after the final norm (released code), or the residual stream before it (text)."""
 
-Forecast: TypeAlias = Literal["mean_ships", "refusal_score"]
-"""The scores that are forecast (:mod:`safetyheads.measures.screening`)."""
 SCORES = ("mean_ships", "refusal_score", "generalized_ships_prompt", "generalized_ships_representation")
 """Names of the scores that are measured on groups of heads."""
-FORECASTS = ("screened_mean_ships", "screened_refusal_score")
-"""Names of the scores that are forecast, not measured."""
 _GENERALIZED = "generalized_ships_"
 # Scores closer than this are ties. Measured: batch shapes alone move a float32 score of the organism by up to
 # 2e-7 nats and 6e-5 degrees; half precisions resolve about 2^-8 of a logit.
@@ -51,7 +47,7 @@ class Score(Shown):
     """A score's name and its settings."""
 
     name: str
-    """One of :data:`SCORES` or :data:`FORECASTS`."""
+    """One of :data:`SCORES`."""
     positions: int = 1
     """Mean Ships: answer tokens to average over; 1 is the paper's."""
     rank: int = 1
@@ -62,7 +58,7 @@ class Score(Shown):
     """Generalized Ships: whether the mean over prompts is subtracted first."""
 
     def __post_init__(self) -> None:
-        if self.name not in (*SCORES, *FORECASTS):
+        if self.name not in SCORES:
             raise InputError(f"unknown score {self.name!r}; known are {', '.join(SCORES)}")
         if self.state not in get_args(State):
             raise InputError(f"unknown state {self.state!r}; known are {', '.join(get_args(State))}")
@@ -73,8 +69,8 @@ class Score(Shown):
 
     @property
     def has_positions(self) -> bool:
-        """Whether it reads answer tokens beyond the prompt's last token: Ships, measured or forecast."""
-        return self.name.endswith("mean_ships")
+        """Whether it reads answer tokens beyond the prompt's last token."""
+        return self.name == "mean_ships"
 
     @property
     def is_generalized(self) -> bool:
@@ -93,9 +89,9 @@ class Score(Shown):
         return "_".join([self.name, *extra, *["centred"] * self.centred])
 
     @property
-    def forecast(self) -> Forecast:
-        """The forecast that proposes heads for this score: its own, or that of mean Ships for an angle."""
-        return "refusal_score" if self.name.endswith("refusal_score") else "mean_ships"
+    def screened_by(self) -> str:
+        """The score that finds candidates on few prompts: itself, or mean Ships for an angle, which needs them all."""
+        return "mean_ships" if self.is_generalized else self.name
 
     def readouts(self, openers: Sequence[int] = ()) -> Readouts:
         """What a pass must read for it; ``openers`` are the first tokens of refusals."""

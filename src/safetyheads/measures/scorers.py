@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation, AnyAblation
@@ -19,9 +18,9 @@ from safetyheads.display import Shown
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.files import read_toml
 from safetyheads.heads import Group, all_heads
-from safetyheads.measures.head_pass import FORECASTS, HeadPass, Readouts, Score, State
+from safetyheads.measures.head_pass import HeadPass, Readouts, Score, State
 from safetyheads.measures.sahara import rank_heads, score_heads
-from safetyheads.measures.screening import Extent, Missed, Proposal, missed, propose, screen
+from safetyheads.measures.screening import Extent, Missed, Proposal, missed, propose
 from safetyheads.measures.subspace import Space
 from safetyheads.model.engine import Engine, ask
 from safetyheads.model.packing import TokenSequence
@@ -97,13 +96,13 @@ def scorer_named(
     judge: AnyJudge | None = None,
     on_groups: OnGroups = None,
 ) -> FunctionScorer:
-    """A scorer of groups of heads by the score's name. Measured scores capture the unablated model once, here.
+    """A scorer of groups of heads by the score's name; the unablated model is captured once, here.
 
     Args:
         engine: the model.
         prompts: harmful queries under their template.
         ablation: of the groups' heads.
-        score: a forecast gives a group what its last head is forecast to do when the others are ablated already.
+        score: its name, or with settings.
         openers: for refusal scores, R; by default those of the model's own unablated refusals of these prompts.
         judge: finds these refusals; by default ``phrases`` where the model has a chat template, else ``paper``.
         on_groups: called with the number of groups just scored.
@@ -113,32 +112,19 @@ def scorer_named(
         SafetyheadsError: a refusal score without openers, and the model refuses none of the prompts.
     """
     score, ablation = score if isinstance(score, Score) else Score(score), Ablation.parse(ablation)
-    if score.forecast == "refusal_score" and not openers:
+    if score.name == "refusal_score" and not openers:
         openers = find_openers(engine, prompts, judge)
     tokens = tuple(opener.token_id for opener in openers or ())
     if score.has_positions:
         sequences = answer_sequences(engine, prompts, score.positions)
     else:
         sequences = tuple(TokenSequence(token_ids) for token_ids in ask(engine, prompts).token_ids)
-    if score.name not in FORECASTS:
-        return scorer_of(HeadPass(engine, sequences, ablation, score.readouts(tokens)), score, on_groups)
-
-    def forecast(groups: Sequence[Group]) -> Tensor:
-        tables = {
-            common: screen(engine, sequences, ablation, tokens, common).table(score.forecast)
-            for common in dict.fromkeys(group[:-1] for group in groups if group)
-        }
-        forecasts = [tables[group[:-1]][group[-1]] if group else 0.0 for group in groups]
-        return torch.tensor(forecasts, dtype=torch.float64)
-
-    return FunctionScorer(forecast, score.name, "nats")
+    return scorer_of(HeadPass(engine, sequences, ablation, score.readouts(tokens)), score, on_groups)
 
 
 def scorer_of(measuring: HeadPass, score: Score | str, on_groups: OnGroups = None) -> FunctionScorer:
     """One readout of a pass, averaged over the prompts, as a scorer of groups."""
     score = score if isinstance(score, Score) else Score(score)
-    if score.name in FORECASTS:
-        raise InputError(f"{score.name} is forecast from prompts (scorer_named) and not read from a pass")
     unit = "degrees" if score.is_generalized else "nats"
     readout = "ships" if score.name == "mean_ships" else score.label
 
@@ -165,7 +151,7 @@ def ships(engine: Engine, prompts: AnyPrompts, ablation: AnyAblation, positions:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Rescored(Shown):
-    """Exact scores of the heads that a screening proposed, and a bound on the others."""
+    """Exact scores of the heads that a screening found, and a bound on the others."""
 
     scores: HeadScores
     """[n_layers, n_heads]; NaN where a head was not scored exactly."""
@@ -181,14 +167,19 @@ def screened_ships(
     top: int = 10,
     positions: int = 1,
 ) -> Rescored:
-    """Mean Ships (Eq 9), in nats, of the heads that a screening of the same prompts proposes.
+    """Mean Ships (Eq 9), in nats, of the heads that a screening finds on some of the prompts.
 
     The bound on missed heads is about the ``top`` best ones; ``positions`` is as for :func:`ships`.
     """
     sequences, ablation = answer_sequences(engine, prompts, positions), Ablation.parse(ablation)
-    scorer = scorer_of(HeadPass(engine, sequences, ablation, Readouts(ships=True)), "mean_ships")
-    proposal = propose(screen(engine, sequences, ablation), "mean_ships", extent or Extent())
-    table = score_heads(scorer, (), proposal.heads, all_heads(engine.n_layers, engine.n_heads))
+
+    def scorer_on(numbers: Sequence[int]) -> FunctionScorer:
+        chosen = [sequences[number] for number in numbers]
+        return scorer_of(HeadPass(engine, chosen, ablation, Readouts(ships=True)), "mean_ships")
+
+    proposal = propose(scorer_on, engine.heads, len(sequences), extent or Extent())
+    heads = all_heads(engine.n_layers, engine.n_heads)
+    table = score_heads(scorer_on(range(len(sequences))), (), proposal.heads, heads)
     return Rescored(table, proposal, missed(table, proposal, top))
 
 

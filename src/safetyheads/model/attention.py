@@ -56,9 +56,6 @@ class AttentionCall:
     """Applied one after the other; a head may be in at most one of them per row."""
     leave: bool = False
     """Raise :class:`LeftLayer` with keys and values instead of attending."""
-    compare: Callable[[Tensor, Tensor], Tensor] | None = None
-    """Given two tensors [rows, n_tokens, n_heads, d_value], the heads' outputs unablated and all of them ablated,
-    gives the outputs to go on with, or raises to leave the layer."""
     segments: Packing | None = None
     """How the row's prompts lie, where attention may be taken prompt by prompt."""
     keys_and_values: tuple[Tensor, Tensor] | None = None
@@ -120,28 +117,20 @@ def safetyheads_attention(
     if len(key) != len(query):
         # Keys and values from before the rows were told apart: they are the same in each.
         key, value = (shared.expand(len(query), -1, -1, -1) for shared in (key, value))
-
-    def attend(ablations: tuple[RowAblation, ...]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        seen, ablated = _ablate_inputs(module, query, key, value, ablations)
-        inner = partial(_attend, seen, scaling=scaling, dropout=dropout, keywords=keywords)
-        weights = None
-        if attention_mask is not None and call.segments is not None and call.segments.cover(query, attention_mask):
-            output = by_segment(inner, call.segments, *ablated, attention_mask)
-        else:
-            output, weights = inner(*ablated, attention_mask)
-        before = output
-        for ablation, selected in ablations:
-            if ablation.kind.tensor == "head_output":
-                output = _ablate(output, before, ablation, selected, head_dimension=2)
-        return output, weights, dict(zip(("query", "key", "value"), ablated, strict=True))
-
-    if call.compare is not None:
-        everywhere = tuple((ablation, torch.ones_like(selected[:1])) for ablation, selected in call.ablations)
-        return call.compare(attend(())[0], attend(everywhere)[0]), None
-    output, weights, inputs = attend(call.ablations)
+    seen, inputs = _ablate_inputs(module, query, key, value, call.ablations)
+    inner, weights = partial(_attend, seen, scaling=scaling, dropout=dropout, keywords=keywords), None
+    if attention_mask is not None and call.segments is not None and call.segments.cover(query, attention_mask):
+        output = by_segment(inner, call.segments, *inputs, attention_mask)
+    else:
+        output, weights = inner(*inputs, attention_mask)
+    before = output
+    for ablation, selected in call.ablations:
+        if ablation.kind.tensor == "head_output":
+            output = _ablate(output, before, ablation, selected, head_dimension=2)
     if call.observe is not None:
         plain = not _family_keywords(keywords) - {"softcap"}
-        call.observe(**inputs, mask=attention_mask, output=output, plain=plain, chosen=chosen is not None)
+        told = dict(zip(("query", "key", "value"), inputs, strict=True))
+        call.observe(**told, mask=attention_mask, output=output, plain=plain, chosen=chosen is not None)
     return output, weights
 
 

@@ -436,10 +436,6 @@ class Engine(Shown):
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, vocabulary] of states [n, d_model] before the final norm, in float32."""
-        return self.differentiable_logits(hidden)
-
-    def differentiable_logits(self, hidden: Tensor) -> Tensor:
-        """:meth:`logits`, with gradients where the caller records them."""
         return logits(self.model, self.architecture, hidden, self.capabilities.plain_head)
 
 

@@ -95,16 +95,10 @@ def first_wanted(sequences: Sequence[TokenSequence]) -> Tensor:
     return torch.tensor([0, *[sequence.n_wanted for sequence in sequences[:-1]]]).cumsum(0)
 
 
-def pack(
-    sequences: Sequence[TokenSequence],
-    members: Sequence[int],
-    device: torch.device | str = "cpu",
-    longest_prefix: int | None = None,
-) -> PackedRow:
-    """Lay the ``members`` of ``sequences`` in one row, their common prefix (or so much of it) once."""
+def pack(sequences: Sequence[TokenSequence], members: Sequence[int], device: torch.device | str = "cpu") -> PackedRow:
+    """Lay the ``members`` of ``sequences`` in one row, their common prefix once."""
     chosen = [sequences[member] for member in members]
     prefix = row_prefix(chosen)
-    prefix = prefix if longest_prefix is None else min(prefix, longest_prefix)
     token_ids = list(chosen[0].token_ids[:prefix])
     positions, segments = list(range(prefix)), [0] * prefix
     wanted: list[int] = []

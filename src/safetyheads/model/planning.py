@@ -281,16 +281,6 @@ class ModelCosts:
         by_layer = {layer: self.replay_flops(rows, layer) for layer in {head.layer for head in heads}}
         return sum(by_layer[head.layer] for head in heads)
 
-    def screening_flops(self, sequences: Sequence[TokenSequence], n_columns: Sequence[int]) -> float:
-        """A screening: at each point a forward pass, which attends twice, and a backward pass for each column.
-
-        A backward pass costs what a forward does, because no weight needs a gradient; its attention 2.5 times as much.
-        """
-        (row,) = row_sizes(sequences, Plan((tuple(range(len(sequences))),), 1, 1))
-        tokens, pairs = self.token * row.n_tokens, self.pair * row.n_pairs
-        forwards = len(n_columns) * (tokens + 2 * pairs)
-        return self.architecture.n_layers * (forwards + sum(n_columns) * (tokens + 2.5 * pairs))
-
     def bytes_per_token(self) -> int:
         """Of a batch, to guess how many tokens fit: prompts of some 32 tokens, no prefix to speak of."""
         row = RowSize(256, 0, 8, 0, n_prompts=8, n_prefix=0, longest_rest=32)

@@ -365,21 +365,16 @@ class _Replay:
 # The plain path
 
 
-def wanted_states(
-    architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], n_rows: int
-) -> Tensor:
-    """The whole decoder's states before the final norm [n_rows, n_wanted, d_model], with gradients where enabled."""
+@torch.inference_mode()
+def rerun(architecture: Architecture, row: PackedRow, calls: Mapping[int, AttentionCall], n_rows: int) -> Tensor:
+    """The plain path beside :func:`replay`: states before the final norm [n_rows, n_wanted, d_model]."""
     with given_to_norm(architecture) as caught, attention_calls(architecture.attentions, calls):
         decode(architecture, row, n_rows)
     return caught[-1].index_select(1, row.wanted.to(caught[-1].device))
 
 
-rerun = torch.inference_mode()(wanted_states)
-"""The plain path beside :func:`replay`: the same states by the whole decoder."""
-
-
 def logits(model: PreTrainedModel, architecture: Architecture, hidden: Tensor, plain_head: bool) -> Tensor:
-    """Logits [n, vocabulary] of states [n, d_model] before the final norm, in float32, with gradients where enabled.
+    """Logits [n, vocabulary] of states [n, d_model] before the final norm, in float32.
 
     Without ``plain_head`` the family does more to its logits (a softcap, a scale), so its own forward makes them of
     these states.

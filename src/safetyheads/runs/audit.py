@@ -149,11 +149,12 @@ def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]
     refuse_beyond_memory(engine, asked["benign_test"])
     n = {name: len(prompts) for name, prompts in asked.items()}
     n_searches, n_scored_heads = len(SEARCHED), len(engine.heads)
-    n_searched = n_scored_heads * config.size
+    n_searched, n_screened, n_rounds = n_scored_heads * config.size, 0.0, 0
     if config.screen:
-        extent = extent_of(config)
-        n_searches, n_searched = 1, extent.n_groups(n_scored_heads, config.size)
-        n_scored_heads = extent.n_heads(n_scored_heads)
+        extent, n_searches = extent_of(config), 1
+        asked_of = n_scored_heads, n["harmful_search"]
+        n_searched, n_scored_heads = extent.n_groups(*asked_of, config.size), extent.n_heads(*asked_of)
+        n_screened, n_rounds = extent.n_screened(*asked_of, config.size), extent.n_rounds(*asked_of, config.size)
     # At most: searches that agree share their groups, and a group is answered once. Heads of a group are taken to lie
     # in different layers.
     n_groups, sizes = n_searches * config.size, engine.architecture.heads_by_layer
@@ -166,7 +167,7 @@ def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]
     n_answers += (n["harmful_test"] + n["benign_test"]) * (1 + n_tested)
     # One pass over single heads on two sets, the later steps of each search, and groups on benign test prompts: the
     # searched ones for the next token, these and the random ones for damage.
-    n_passed = 2 * n_scored_heads + n_searches * (n_searched - n_scored_heads + n_random) + 2 * n_tested
+    n_passed = n_screened + 2 * n_scored_heads + n_searches * (n_searched - n_scored_heads + n_random) + 2 * n_tested
     work = Work(
         asked["harmful_search"].token_ids, n_passed / len(engine.heads), n_answers, config.max_new_tokens, STAGES
     )
@@ -174,10 +175,9 @@ def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]
         work = work._replace(answers=n_answers + n_controls)
     else:
         work = work._replace(short_answers=(n_controls, config.control_tokens))
-    # Unablated answers, steps of the search (the first with all scores; screened, these follow), groups on the search
-    # half and on the test half, and the end.
-    forecasts = 0 if not config.screen else 1 if config.screen_once else config.size
-    rounds = 4 + config.size + forecasts + config.screen + config.needed_controls
+    # Unablated answers, steps of the search (the first with all scores; screened, these follow) and the rounds before
+    # them, groups on the search half and on the test half, and the end.
+    rounds = 4 + config.size + n_rounds + config.screen + config.needed_controls
     return work._replace(prompts=asked["harmful_test"].prompts, note=" ".join(shortened(config)), rounds=rounds)
 
 
@@ -286,24 +286,25 @@ def screened_search(
 ) -> tuple[SearchTrace, tuple[Proposal, ...], list[dict[str, Any]]]:
     """Sahara over a set with a screening before each step, and of each step what was screened, as results hold it."""
     heads, extent = run.engine.heads, extent_of(run.config)
-    openers = measuring.readouts.openers if score.forecast == "refusal_score" else ()
-    screens = partial(run.screen, name, measuring.sequences, run.ablation, openers)
-    with run.progress.track("searching groups", extent.n_groups(len(heads), size := run.config.size)) as done:
+    scorer_on = run.scorer_on(name, measuring, score)
+    n_prompts, size = len(measuring.sequences), run.config.size
+    with run.progress.track("searching groups", extent.n_groups(len(heads), n_prompts, size)) as done:
         scorer = scorer_of(measuring, score, done)
-        trace, proposals, bounds = screened_sahara(scorer, screens, heads, score.forecast, size, extent)
+        trace, proposals, bounds = screened_sahara(scorer, scorer_on, heads, n_prompts, size, extent)
     return trace, proposals, [screening_as_json(*step) for step in zip(proposals, bounds, strict=True)]
 
 
 def extent_of(options: ScreenOptions) -> Extent:
-    """How many heads a screening scores exactly."""
+    """How many heads a screening scores on all prompts."""
     given = {"n_candidates": options.candidates, "n_sampled": options.sample}
     once = isinstance(options, SizeOptions) and options.screen_once
     return Extent(once=once, **{name: value for name, value in given.items() if value is not None})
 
 
 def screening_as_json(proposal: Proposal, bound: Missed) -> dict[str, Any]:
-    """Which heads were scored exactly, and the bound on what was missed."""
+    """Which heads were scored on few prompts and on all, and the bound on what was missed."""
     return {
+        "rounds": [{"heads": len(heads), "prompts": len(prompts)} for heads, prompts in proposal.rounds],
         "candidates": [str(head) for head in proposal.candidates],
         "sampled": [str(head) for head in proposal.sampled],
         "missed": {**asdict(bound), "sentence": str(bound)},

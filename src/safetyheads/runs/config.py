@@ -188,14 +188,14 @@ class GroupOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ScreenOptions(Options):
-    """Whether every head is scored exactly, or only the best of a forecast."""
+    """Whether every head is scored on all prompts, or only the best on few of them."""
 
     screen: bool = False
-    """Forecast all heads from a few backward passes and score only the best of them exactly."""
+    """Score all heads on a few prompts, the best of these on more, and so on; only those left are scored on all."""
     candidates: int | None = None
-    """Heads with the best forecasts that are scored. Default: 32."""
+    """Heads that are left to be scored on all prompts. Default: 32."""
     sample: int | None = None
-    """Other heads that are scored, drawn at random; they bound what was missed. Default: 64."""
+    """Other heads that are scored on all prompts, drawn at random; they bound what was missed. Default: 64."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -321,7 +321,7 @@ class BesideOptions(Options):
     query_level: int = 0
     """Let each prompt ablate its own 1 to N top heads by Ships."""
     scores: bool = True
-    """Measure Ships, Generalized Ships and the screening, to compare them with the ASR."""
+    """Measure Ships, Generalized Ships and the refusal score, to compare them with the ASR."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

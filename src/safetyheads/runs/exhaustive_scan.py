@@ -26,7 +26,7 @@ from safetyheads.judges.named import judges_named
 from safetyheads.measures.head_pass import Readouts
 from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.measures.sahara import sahara
-from safetyheads.measures.scorers import ANGLES, LEAD, answer_sequences, score_as_json, scorer_of, scores_of
+from safetyheads.measures.scorers import ANGLES, LEAD, score_as_json, scorer_of, scores_of
 from safetyheads.model.engine import Engine
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.runs.config import ScanConfig, Thresholds
@@ -78,8 +78,8 @@ def _work(engine: Engine, config: ScanConfig, asked: Mapping[str, AskedPrompts])
     )
     length, token_ids, prompts = config.max_new_tokens, asked["harmful"].token_ids, asked["harmful"].prompts
     n_answers *= config.n_seeds
-    # Scores on benign and on harmful prompts, a forecast, later steps of the search: one after another, beside answers.
-    measured = 2 * is_measured + max(0, config.prefixes - 1)
+    # Scores on benign and on harmful prompts, later steps of the search: one after another, beside answers.
+    measured = is_measured + max(0, config.prefixes - 1)
     beside = bool(config.groups or config.pairs or config.prefixes or config.query_level)
     rounds = 2 + max(1, (len(asked) > 1) + measured) + beside
     work = Work(token_ids, n_passes, n_answers, length, stages, prompts, n_heads, config.n_seeds, note)
@@ -165,11 +165,7 @@ def _measure(run: Run[ScanConfig]) -> tuple[dict[str, Any], HeadScores | None, l
     if config.scores or config.prefixes or config.query_level:
         openers, angles = run.openers("harmful", benign="benign"), ANGLES if len(run.asked["harmful"]) > 1 else ()
         readouts = Readouts(True, tuple(opener.token_id for opener in openers), angles)
-        sequences = answer_sequences(engine, run.asked["harmful"].prompts, 1)
-        tasks = [
-            partial(run.scored, "harmful", ablation, readouts),
-            partial(run.screen, "harmful", sequences, ablation),
-        ]
+        tasks = [partial(run.scored, "harmful", ablation, readouts)]
     if "benign" in run.asked:
         tasks.append(partial(run.scored, "benign", ablation, Readouts(ships=True)))
     done = run.directory.together(*tasks)
@@ -177,11 +173,10 @@ def _measure(run: Run[ScanConfig]) -> tuple[dict[str, Any], HeadScores | None, l
         benign = done[-1][1]["ships"]
         columns = [benign.values[:, head.layer, head.index].tolist() for head in engine.heads]
         measured["benign_kl"] = [asdict(skewed_mean(column)) for column in columns]
-    if len(tasks) < 2:
+    if not (config.scores or config.prefixes or config.query_level):
         return measured, None, []
-    (harmful, tables), forecast, *_ = done
+    harmful, tables = done[0]
     scores = scores_of(harmful)
-    scores["screened_mean_ships"] = replace(forecast.table(), name="screened_mean_ships")
     if "benign" in run.asked:
         contrast = scores[LEAD].values - benign.mean().values
         scores["contrast"] = replace(scores[LEAD], values=contrast, name="contrast")

@@ -45,10 +45,10 @@ from safetyheads.judges.base import Judge, Verdict
 from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.judges.named import WORD_JUDGES, default_judge_name, judges_named
 from safetyheads.judges.phrase_judge import PhraseJudge
-from safetyheads.measures.head_pass import HeadPass, Keep, Readouts, Value
+from safetyheads.measures.head_pass import HeadPass, Keep, Readouts, Score, Value
 from safetyheads.measures.random_groups import RandomGroups, random_groups
-from safetyheads.measures.scorers import OPENER_TOKENS, Opener, answer_sequences, openers_of
-from safetyheads.measures.screening import Screening, screen
+from safetyheads.measures.scorers import OPENER_TOKENS, Opener, answer_sequences, openers_of, scorer_of
+from safetyheads.measures.screening import ScorerOn
 from safetyheads.model.engine import Engine
 from safetyheads.model.packing import TokenSequence
 from safetyheads.model.planning import Plan
@@ -62,8 +62,8 @@ from safetyheads.runs.kept_answers import KeptAnswers
 from safetyheads.runs.provenance import model_facts, provenance, settings_of, template_facts
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.shards import Shard
-from safetyheads.runs.stored_files import Record, content_key
-from safetyheads.scores import HeadScores
+from safetyheads.runs.stored_files import Record
+from safetyheads.scores import GroupScorer, HeadScores
 
 Config = TypeVar("Config")
 Prompts: TypeAlias = Mapping[str, PromptSet]
@@ -257,9 +257,20 @@ class Run(Generic[Config]):
 
     def new_pass(self, name: str, ablation: Ablation, readouts: Readouts, positions: int = 1) -> HeadPass:
         """As :meth:`head_pass`, without holding it."""
-        sequences = self._sequences(name, positions)
-        plan = self.directory.remember(f"plan_{name}", self.engine.plan(sequences).as_dict())
-        keep = _KeptPass(self.directory, f"scores-{name}", self._about[name])
+        return self._pass_over(name, self._sequences(name, positions), ablation, readouts, f"scores-{name}", name)
+
+    def _pass_over(
+        self,
+        name: str,
+        sequences: Sequence[TokenSequence],
+        ablation: Ablation,
+        readouts: Readouts,
+        stage: str,
+        plan_name: str,
+    ) -> HeadPass:
+        """A pass over sequences of a set, whose results and plan are kept."""
+        plan = self.directory.remember(f"plan_{plan_name}", self.engine.plan(sequences).as_dict())
+        keep = _KeptPass(self.directory, stage, self._about[name])
         return HeadPass(self.engine, sequences, ablation, readouts, Plan.from_dict(plan), keep)
 
     def scored(
@@ -272,34 +283,22 @@ class Run(Generic[Config]):
         by_prompt = [readout for readout in ("ships", "refusal_score") if readout in values]
         return head_pass, {readout: head_pass.table(readout, values[readout], heads) for readout in by_prompt}
 
-    def screen(
-        self,
-        name: str,
-        sequences: Sequence[TokenSequence],
-        ablation: Ablation,
-        openers: Sequence[int] = (),
-        common: Group = (),
-    ) -> Screening:
-        """A forecast over a set (:func:`safetyheads.measures.screening.screen`), which is kept."""
+    def scorer_on(self, name: str, whole: HeadPass, score: Score) -> ScorerOn:
+        """What a screening for a score measures on some prompts of a set, of which ``whole`` is a pass; it is kept."""
+        score = Score(score.screened_by)
 
-        def compute() -> dict[str, Tensor]:
-            with self.progress.track("screening", 1):
-                screening = screen(self.engine, sequences, ablation, openers, common)
-            refusal = {} if screening.refusal_score is None else {"refusal_score": screening.refusal_score}
-            return {"ships": screening.ships, "directions": screening.directions, **refusal}
+        def scorer_on(prompts: tuple[int, ...]) -> GroupScorer:
+            sequences = [whole.sequences[number] for number in prompts]
+            readouts, plan_name = score.readouts(whole.readouts.openers), "-".join([name, *map(str, prompts)])
+            measuring = self._pass_over(name, sequences, whole.ablation, readouts, f"screening-{name}", plan_name)
 
-        fields = {
-            **self._about[name],
-            "sequences": content_key({"all": [sequence._asdict() for sequence in sequences]}),
-            "ablation": asdict(ablation),
-            "openers": list(openers),
-            "common": format_heads(common),
-        }
-        stage = f"screening-{name}"
-        cost = 2.0 * sum(len(sequence.token_ids) for sequence in sequences)
-        self.directory.divide(stage, {(tensors_place(stage, fields),): cost})
-        (kept,) = self.directory.together(lambda: self.directory.tensors(stage, fields, compute))
-        return Screening(kept["ships"], kept.get("refusal_score"), kept["directions"], common)
+            def scores(groups: Sequence[Group]) -> Tensor:
+                with self.progress.track("screening", len(groups)) as done:
+                    return scorer_of(measuring, score, done)(groups)
+
+            return scores
+
+        return scorer_on
 
     def damage(self, name: str, groups: Sequence[Group], ablation: Ablation, n_tokens: int) -> dict[Group, Damage]:
         """What each group does to the model's own answers to a set, teacher-forced over their first ``n_tokens``."""
@@ -309,10 +308,8 @@ class Run(Generic[Config]):
             TokenSequence(prompt + tokens[:-1], len(tokens))
             for prompt, tokens in zip(asked.token_ids, targets, strict=True)
         )
-        plan = self.directory.remember(f"plan_damage_{name}", self.engine.plan(sequences).as_dict())
-        keep = _KeptPass(self.directory, f"damage-{name}", self._about[name])
         readouts = Readouts(ships=True, targets=targets)
-        measuring = HeadPass(self.engine, sequences, ablation, readouts, Plan.from_dict(plan), keep)
+        measuring = self._pass_over(name, sequences, ablation, readouts, f"damage-{name}", f"damage_{name}")
         with self.progress.track(f"{name.replace('_', ' ')}: damage", len(groups)) as done:
             values = measuring.measure(groups, done)
         both = zip(values["ships"].tolist(), values["log_probability_drop"].tolist(), strict=True)

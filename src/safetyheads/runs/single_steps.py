@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any, cast
 
 from safetyheads.answers.success import query_level_groups
-from safetyheads.errors import InputError
-from safetyheads.measures.head_pass import FORECASTS, SCORES, Readouts, Score, State
+from safetyheads.measures.head_pass import Readouts, Score, State
 from safetyheads.measures.sahara import n_scored, sahara
 from safetyheads.measures.scorers import OPENER_TOKENS, scorer_of
-from safetyheads.measures.screening import costs_of, missed, propose, rescore_pairs
+from safetyheads.measures.screening import costs_of, missed, propose
 from safetyheads.model.engine import Engine
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
@@ -26,9 +25,6 @@ from safetyheads.stats.intervals import skewed_mean
 
 # The bound on missed heads is about so many best ones.
 _TOP = 10
-# Pairs to score are forecast among so many best heads.
-_PAIRED = 8
-_PAIRS = 5
 
 
 def read_prompts(config: ShipsConfig | SaharaConfig | AsrConfig) -> dict[str, PromptSet]:
@@ -53,14 +49,15 @@ def _work(engine: Engine, config: ShipsConfig | SaharaConfig, asked: Mapping[str
         score_of(config).refuse_too_few(len(asked["harmful"]))
     refuse_beyond_memory(engine, asked["harmful"], positions=config.positions)
     extent, n_heads, searches = extent_of(config), len(engine.heads), isinstance(config, SaharaConfig)
-    token_ids, note = asked["harmful"].token_ids, "The screening adds a few backward passes." if config.screen else ""
+    token_ids = asked["harmful"].token_ids
     stages = ("unablated answers", "searching groups" if searches else "scores of heads")
     size = getattr(config, "size", 1)
-    passes = extent.n_groups(n_heads, size) / n_heads if config.screen else float(size)
-    # A step's scores, after its forecast where it has one; a ranking that is screened scores pairs too.
-    n_forecasts = config.screen * (1 if extent.once else size)
-    rounds = 1 + size + n_forecasts + (config.screen and not searches)
-    return Work(token_ids, passes, len(token_ids), OPENER_TOKENS, stages, note=note, rounds=rounds)
+    passes, rounds = float(size), 1 + size
+    if config.screen:
+        search = n_heads, len(token_ids), size
+        passes = (extent.n_groups(*search) + extent.n_screened(*search)) / n_heads
+        rounds += extent.n_rounds(*search)
+    return Work(token_ids, passes, len(token_ids), OPENER_TOKENS, stages, rounds=rounds)
 
 
 def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
@@ -69,16 +66,14 @@ def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
     heads, screened = None, dict[str, Any]()
     if config.screen:
         measuring = run.head_pass("harmful", ablation, readouts, config.positions)
-        screening = run.screen("harmful", measuring.sequences, ablation)
-        proposal = propose(screening, "mean_ships", extent_of(config))
-        heads, costs = proposal.heads, costs_of(measuring, proposal)
-        run.progress.say(f"{len(heads)} of {len(run.engine.heads)} heads are scored exactly: {_said(costs)}")
-    measuring, tables = run.scored("harmful", ablation, readouts, config.positions, heads)
+        scorer_on = run.scorer_on("harmful", measuring, Score("mean_ships"))
+        proposal = propose(scorer_on, run.engine.heads, len(measuring.sequences), extent_of(config))
+        heads, costs = proposal.heads, costs_of(run.engine, measuring.sequences, proposal)
+        run.progress.say(f"{len(heads)} of {len(run.engine.heads)} heads are scored on all prompts: {_said(costs)}")
+    _, tables = run.scored("harmful", ablation, readouts, config.positions, heads)
     by_prompt, scores = tables["ships"], tables["ships"].mean()
     if config.screen:
-        pairs = rescore_pairs(scorer_of(measuring, "mean_ships"), screening.pairs(scores.top(_PAIRED), _PAIRS))
-        bound = missed(scores, proposal, _TOP)
-        screened = {"screening": [screening_as_json(proposal, bound)], "costs": costs, "pairs": pairs}
+        screened = {"screening": [screening_as_json(proposal, missed(scores, proposal, _TOP))], "costs": costs}
     return {
         **_about(run),
         "score": "mean_ships",
@@ -102,9 +97,7 @@ def _said(costs: Mapping[str, float]) -> str:
 
 
 def score_of(config: SaharaConfig) -> Score:
-    """The score that a search uses, with its settings; forecasts are asked for by ``--screen``."""
-    if config.score in FORECASTS:
-        raise InputError(f"unknown score {config.score!r}; known are {', '.join(SCORES)}")
+    """The score that a search uses, with its settings."""
     return Score(config.score, config.positions, config.rank, cast("State", config.state), config.centred)
 
 
@@ -117,9 +110,9 @@ def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     screened: dict[str, Any] = {}
     if config.screen:
         trace, proposals, steps = screened_search(run, "harmful", measuring, score)
-        costs = costs_of(measuring, proposals[0], score.forecast)
+        costs = costs_of(engine, measuring.sequences, proposals[0])
         run.progress.say(f"{'the first' if config.screen_once else 'each'} step: {_said(costs)}")
-        screened = {"forecast": score.forecast, "screening": steps, "costs": costs}
+        screened = {"screened_by": score.screened_by, "screening": steps, "costs": costs}
     else:
         with run.progress.track("searching groups", n_scored(len(engine.heads), config.size)) as done:
             trace = sahara(scorer_of(measuring, score, done), engine.heads, config.size)
