@@ -74,7 +74,7 @@
       axisX: { labelBound: true },
       legend: {
         ...text, labelColor: colour("--ink"), titleColor: colour("--ink-soft"), rowPadding: 3, columnPadding: 14, offset: 10,
-        symbolSize: 70, columns: columnsOfLegend, labelLimit: width - 60, gradientStrokeColor: colour("--line"),
+        symbolSize: 70, columns: columnsOfLegend, labelLimit: width - 110, gradientStrokeColor: colour("--line"),
       },
       header: { labelColor: colour("--ink"), labelFont: font, labelLimit: panel },
       facet: { spacing: GAP },
