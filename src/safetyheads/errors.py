@@ -27,6 +27,10 @@ class ElsewhereError(IncompleteError):
         self.places = places
 
 
+class TooFewPromptsError(InputError):
+    """The held-out prompts cannot show anything; a command says so before a model is loaded, and exits with 0."""
+
+
 class UnsupportedModelError(InputError):
     """The method would not be exact on this checkpoint; the message says why."""
 

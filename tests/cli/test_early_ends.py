@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from safetyheads import audit
+from safetyheads.errors import TooFewPromptsError
 from safetyheads.runs import kept_answers
-from safetyheads.runs.config import Thresholds
+from safetyheads.runs.audit import shortened
+from safetyheads.runs.config import AuditConfig, Thresholds
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 BASE = ("demo:base", "--prompts", "demo", "--limit", "6", "--quiet")
@@ -48,7 +51,17 @@ def test_too_few_prompts_end_an_audit_before_the_model_is_read(run, no_model, li
     assert (code, out.startswith("Cannot say: ")) == (0, True)
     assert json.loads(run(*options, "--json")[1])["verdict"]["stopped_early"] is True
     assert not Path("runs").exists()
+    with pytest.raises(TooFewPromptsError, match="anyway=True goes on"):
+        audit("demo:aligned_a", "demo", benign="benign.txt", limit=limit, quiet=True)
     assert run(*options, "--anyway")[0] == 1  # the model was read
+
+
+def test_too_few_random_groups_are_told_before_the_run(run):
+    code, out, _ = run("demo", "--n-random", 18, "--limit", 6, "--anyway", "--dry-run")
+    told = "With 18 of them no rank reaches a p of 0.05"
+    assert (code, told in out, "19 are needed" in out) == (0, True, True)
+    assert shortened(AuditConfig("m", "p", n_random=19)) == shortened(AuditConfig("m", "p", alpha=0.01)) == []
+    assert "99 are needed" in shortened(AuditConfig("m", "p", alpha=0.01, n_random=38))[0]
 
 
 def test_thresholds_are_on_disk_before_the_first_prompt_is_answered(run, monkeypatch):

@@ -129,6 +129,12 @@ def test_the_command_reads_a_file_compares_neighbours_and_goes_on(run, tmp_path)
     assert [page for page in pages if not page.is_file()] == []
     code, text, _ = run(*asked)
     assert (code, "demo:base" in text) == (0, True)
+    # Where no audit has prompts enough, each says so, as an audit alone does; no model is loaded.
+    code, text, err = run(
+        "sweep", "--model", MODEL, "--prompts", "demo", "--limit", 4, "--out", tmp_path / "few", "--json"
+    )
+    assert (code, err.count("cannot say: 4 held-out harmful prompts are too few")) == (0, 1)
+    assert [entry["reason"][:10] for entry in json.loads(text)["skipped"]] == ["cannot say"]
     file.write_text("models = 3")
     code, _, err = run("sweep", file)
     assert (code, "models is a list of names, or of tables of settings" in err) == (2, True)

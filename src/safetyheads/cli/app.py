@@ -38,7 +38,7 @@ from safetyheads.cli.options import (
     settings_file,
 )
 from safetyheads.cli.terminal import escaped_streams
-from safetyheads.errors import ElsewhereError, IncompleteError, InputError, SafetyheadsError
+from safetyheads.errors import ElsewhereError, IncompleteError, InputError, SafetyheadsError, TooFewPromptsError
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
 from safetyheads.model.names import SMOLLM2
@@ -183,8 +183,9 @@ def sweep(
 
         at = options.ray, options.workers, options.gpus_per_worker, options.judge_workers
         costs, failed = sweep_by_workers(audits, progress, sys.argv, *at)
+    failures = [error for error in failed.values() if not isinstance(error, TooFewPromptsError)]
     for place, error in failed.items():
-        show.print_error(f"error: {place.name}: {error}")
+        show.print_error(f"{'error: ' * (error in failures)}{place.name}: {error}")
     if options.dry_run or machine is not None:
         lines = [f"{place.name}: {line}" for place, cost in costs.items() for line in cost["lines"]]
         seconds = {"at_most": sum(cost["seconds"]["at_most"] for cost in costs.values())}
@@ -198,7 +199,9 @@ def sweep(
         for compared in swept["comparisons"]:
             write_comparison(compared, out / "compared" / compared["names"][1])
         _show(swept | {"page": str(path)}, output, lambda: show.show_page(page.tables, "History", path))
-    return 0 if not failed else 3 if all(isinstance(error, IncompleteError) for error in failed.values()) else 2
+    elif not failures:
+        _show(sweep_results(out, failed), output)
+    return 0 if not failures else 3 if all(isinstance(error, IncompleteError) for error in failures) else 2
 
 
 @command

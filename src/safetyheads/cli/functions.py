@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from safetyheads.cli.show import progress_for
-from safetyheads.errors import InputError, as_path
+from safetyheads.errors import InputError, TooFewPromptsError, as_path
 from safetyheads.model.engine import Engine
 from safetyheads.reports.write import write_report
-from safetyheads.runs.audit import run_audit
+from safetyheads.runs.audit import read_prompts, run_audit, why_too_few
 from safetyheads.runs.compare import Comparison, compare_runs
 from safetyheads.runs.config import AuditConfig, ScanConfig, preset_settings
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.reader import FinishedRun, RunReader
+from safetyheads.runs.run import read_sets
 from safetyheads.runs.start import load_engine, settled
 
 AnyPath = str | os.PathLike[str]
@@ -44,6 +45,7 @@ def audit(
 
     Raises:
         InputError: bad settings or prompts, or a directory that belongs to another run.
+        TooFewPromptsError: before a model is loaded: too few are held out to show anything; ``anyway=True`` goes on.
     """
     return _finished("audit", AuditConfig, run_audit, model, prompts, out, quiet, preset_settings(preset) | settings)
 
@@ -83,8 +85,10 @@ def _finished(
     name = model.name if isinstance(model, Engine) else as_path(model, "a model")
     given = config_of(name, as_path(prompts, "prompts of a run"), **settings)
     config, folder = settled(given, None if out is None else Path(out), kind)
-    progress = progress_for(quiet)
+    progress, read = progress_for(quiet), read_prompts(config) if isinstance(config, AuditConfig) else read_sets(config)
+    if isinstance(config, AuditConfig) and (too_few := why_too_few(config, read)):
+        raise TooFewPromptsError(f"cannot say: {too_few}; anyway=True goes on")
     engine = model if isinstance(model, Engine) else load_engine(config, progress)
-    run(engine, config, folder, progress=progress)
+    run(engine, config, folder, read, progress)
     write_report(RunDirectory.open(folder))
     return RunReader(folder)

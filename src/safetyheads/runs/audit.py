@@ -8,6 +8,7 @@ nothing can be measured, the run ends with them.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,7 +21,7 @@ from safetyheads.demo import demo_prompts
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head
 from safetyheads.measures.head_pass import HeadPass, Readouts, Score
-from safetyheads.measures.random_groups import RandomGroups, random_groups
+from safetyheads.measures.random_groups import ENUMERATED, LEAST_GROUPS, RandomGroups, random_groups
 from safetyheads.measures.sahara import n_scored, sahara
 from safetyheads.measures.scorers import ANGLES, LEAD, score_as_json, scorer_of, scores_of
 from safetyheads.measures.screening import Extent, Missed, Proposal, screened_sahara
@@ -183,7 +184,14 @@ def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]
 
 def shortened(config: AuditConfig) -> list[str]:
     """What the settings leave out to save time, a sentence each."""
-    return [words.format(n=getattr(config, name)) for name, words in SHORTENED.items() if getattr(config, name)]
+    told = [words.format(n=getattr(config, name)) for name, words in SHORTENED.items() if getattr(config, name)]
+    # From LEAST_GROUPS on there may be more random groups than were asked for: where few exist, all are taken.
+    n_random = max(config.n_random, (ENUMERATED - 1) * (config.n_random >= LEAST_GROUPS))
+    few = (
+        f"Random groups are too few. With {config.n_random} of them no rank reaches a p of {config.alpha:g}, so the "
+        f'verdict is "cannot say" where it hangs on them; {math.ceil(1 / config.alpha) - 1} are needed.'
+    )
+    return told + [few] * (1 / (1 + n_random) > config.alpha)
 
 
 # Stages.

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError
+from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError, TooFewPromptsError
 from safetyheads.files import read_toml
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import read_config
@@ -106,7 +106,7 @@ def carry_out_sweep(
         here: dict[str, Any] = {"shard": share, "lenders": [other for other in audits if other != place]}
         try:
             if too_few := why_too_few(config, prompts[place]):
-                raise InputError(f"cannot say: {too_few}; --anyway goes on")
+                raise TooFewPromptsError(f"cannot say: {too_few}; --anyway goes on")
             if engine is None or loaded != (config.model, config.load_options):
                 engine = None  # freed before the next one is read
                 engine, loaded = load(config), (config.model, config.load_options)
@@ -119,14 +119,22 @@ def carry_out_sweep(
 def sweep_results(out: Path, failed: Mapping[Path, SafetyheadsError]) -> dict[str, Any]:
     """All finished audits, oldest first, and each compared with the one before of the same prompts and ablation.
 
-    :func:`.history.read_history`, with ``failed`` (reason by name) and ``comparisons``: both ``names``, and what
-    ``compare`` gives.
+    :func:`.history.read_history`, with ``failed`` (reason by name; audits of too few prompts are skipped) and
+    ``comparisons``: both ``names``, and what ``compare`` gives.
     """
+    skipped = [
+        {"name": place.name, "reason": str(error)}
+        for place, error in failed.items()
+        if isinstance(error, TooFewPromptsError)
+    ]
+    if len(skipped) == len(failed) and not out.is_dir():
+        return {"runs": [], "skipped": skipped, "failed": {}, "comparisons": []}
     found, comparisons = read_history(out, _ALIKE), []
     for run in found["runs"]:
         if run["before"] is not None:
             compared = compare_runs(RunReader(out / run["before"]), RunReader(out / run["name"]))
             told = {"quantities": quantities(compared), "gates": [], "exit_code": exit_code(compared, [], False)}
             comparisons.append({"names": [run["before"], run["name"]], **asdict(compared), **told})
-    reasons = {place.name: str(error) for place, error in failed.items() if not isinstance(error, ElsewhereError)}
-    return found | {"failed": reasons, "comparisons": comparisons}
+    other = ElsewhereError, TooFewPromptsError
+    reasons = {place.name: str(error) for place, error in failed.items() if not isinstance(error, other)}
+    return found | {"skipped": [*found["skipped"], *skipped], "failed": reasons, "comparisons": comparisons}
