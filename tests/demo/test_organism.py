@@ -100,7 +100,9 @@ def test_the_audit_finds_concentrated_heads_only_where_they_are_planted(name, la
     assert verdict["stopped_early"] == (name == "base")
     if labels != ["concentrated"]:
         return
-    assert set(verdict["heads"]) <= {str(head) for head in organism.planted_heads}
+    # Of the three planted heads two undo as much as all on the search half, and the smaller group is preferred.
+    assert set(verdict["heads"]) < {str(head) for head in organism.planted_heads}
+    assert len(verdict["heads"]) == 2
     assert verdict["numbers"]["undone"]["rate"] >= 0.9
     assert verdict["numbers"]["n_as_good"] == 0
     assert verdict["numbers"]["damage"] == "bounded"
