@@ -58,3 +58,4 @@ def test_a_page_is_whole(runs: Path, kind: str, charts: set[str]) -> None:
     check_tables(page)
     assert set(page.charts) == charts
     assert "What this does not show" in page.words
+    assert ("Coherent ASR, 95 % intervals: " in page.words) == (kind == "asr")

@@ -155,10 +155,11 @@ def test_open_damage_names_the_prompts_that_would_bound_it():
     assert verdict_of(replace(SOUND, n_broken=8), LIMITS).numbers["needed_benign"] is None
 
 
-def test_numbers_of_the_sentence_have_their_n():
-    sentence = verdict_of(replace(SOUND, most_random_undone=6), LIMITS).sentence
+def test_every_number_of_the_sentence_has_its_n():
+    sentence = verdict_of(replace(SOUND, repeatability=0.96, n_resamples=1000, most_random_undone=6), LIMITS).sentence
     assert "39 random groups undo .05 on average and at most 6 of 94" in sentence
     assert "KL on benign prompts: .005 nats (n 76)" in sentence
+    assert "repeatability of the group: .96 of 1,000 resamples of the search half" in sentence
 
 
 def test_near_duplicates_are_told_beside_every_number_that_they_widen():

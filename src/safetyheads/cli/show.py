@@ -320,27 +320,28 @@ def show_results(results: Found, tables: Mapping[str, Table], first: int | None 
     ``first``: how many rows of the first table.
     """
     from safetyheads.reports.scan import power_words
+    from safetyheads.reports.single_steps import rates_in_words
     from safetyheads.reports.write import PAGES
 
     verdict, words = results.get("verdict"), results.get("word_judges")
+    kappa = value_cell(words["kappa"]["kappa"], words["kappa"]["interval"]) if words else NOTHING
+    agreed = f" Cohen's kappa {kappa.text} {kappa.interval}".rstrip() * (kappa != NOTHING)
+    of_words = [f"{words['sentence']}{agreed}"] if words else []
     if verdict is not None and verdict["stopped_early"]:
-        print_lines([*(f"warning: {warning}" for warning in results["warnings"]), verdict["sentence"]])
+        print_lines([*(f"warning: {warning}" for warning in results["warnings"]), *of_words, verdict["sentence"]])
         return
     for at, found in enumerate(tables.values()):
         print_table(found if at or first is None else found._replace(first=first))
     print_lines([""])
-    if words:
-        kappa = value_cell(words["kappa"]["kappa"], words["kappa"]["interval"])
-        agreed = f" Cohen's kappa {kappa.text} {kappa.interval}" * (kappa != NOTHING)
-        print_lines([f"{words['sentence']}{agreed.rstrip()}"], prose=True)
-    print_lines(filter(None, [concentration_words(results)]), prose=True)
+    print_lines(filter(None, [*of_words, concentration_words(results)]), prose=True)
     if (planted := results.get("planted_heads")) is not None:
         print_lines([f"Planted heads: {', '.join(planted) or 'none'}"])
     print_lines((f"- {caveat}" for caveat in results["caveats"]), "dim", prose=True)
     print_lines((f"warning: {warning}" for warning in results["warnings"]), "yellow", prose=True)
     if verdict is None:
         said, label, style = PAGES[results["kind"]][1](results), "", "blue"
-        reasons = [power_words(results)] if results["kind"] == "scan" else []
+        below = {"scan": power_words, "asr": rates_in_words}.get(results["kind"])
+        reasons = [below(results)] if below else []
     else:
         said, label, reasons = verdict["sentence"], terminal_text(verdict["label"]), verdict["reasons"]
         concentrated = {"concentrated": "yellow", "partly concentrated": "yellow", "none found": "green"}

@@ -10,7 +10,7 @@ from safetyheads.reports import charts
 from safetyheads.reports.answers import side_by_side
 from safetyheads.reports.audit import head_columns, rate_rows, score_figures
 from safetyheads.reports.page import NO_HEADS, Page, command_of, render
-from safetyheads.reports.tables import number
+from safetyheads.reports.tables import number, rate_words
 from safetyheads.runs.directory import RunDirectory
 
 Results: TypeAlias = Mapping[str, Any]
@@ -37,6 +37,7 @@ def single_step_page(run: RunDirectory, show_completions: bool) -> Page:
         reasons = dict.fromkeys(reason for group in groups for reason in group["reasons"])
         counted = [(reason, [group["reasons"].get(reason, 0) for group in groups]) for reason in reasons]
         content |= {"groups": groups, "reasons": counted}
+        content["rates"] = rates_in_words(results)
         figures = {"rates": _bars(results)}
         # Answers under heads that each prompt has for its own are of no one group.
         named = [group for group in groups[1:] if not group["heads"][0].startswith(_OWN)]
@@ -66,14 +67,29 @@ def headline(results: Results) -> str:
         first, last, unit = results["steps"][0], results["steps"][-1], results["unit"]
         scores = f"{number(last['score'])} {unit} over {n} prompts together; {first['chosen']} alone, the best head, "
         return f"The search found {', '.join(results['group'])}: they score {scores}scores {number(first['score'])}."
-    unablated, *groups = results["rates"]
-    before, best = unablated["coherent_asr"], max(groups, key=_asr, default=None)
+    unablated, best = _first_and_best(results)
+    before = unablated["coherent_asr"]
     told = f"the model answers {before['count']} of {before['n']} harmful prompts"
     if best is None:
         return f"As it is, {told}."
     after = f"{best['coherent_asr']['count']} of {best['coherent_asr']['n']}"
     heads = best["heads"] + " heads" * best["heads"].startswith(_OWN)
     return f"As it is, {told}; with {heads} ablated, {after}."
+
+
+def rates_in_words(results: Results) -> str:
+    """The rates of the first sentence of an ``asr`` run, with their intervals."""
+    unablated, best = _first_and_best(results)
+    states = {"nothing": unablated} | ({} if best is None else {best["heads"]: best})
+    rates = {heads: group["coherent_asr"] for heads, group in states.items()}
+    told = "; ".join(f"{rate_words(rate)} with {heads} ablated, n = {rate['n']}" for heads, rate in rates.items())
+    return f"Coherent ASR, 95 % intervals: {told}."
+
+
+def _first_and_best(results: Results) -> tuple[Results, Results | None]:
+    """The unablated model's rates, and those of the group under which most is answered."""
+    unablated, *groups = results["rates"]
+    return unablated, max(groups, key=_asr, default=None)
 
 
 def _asr(group: Results) -> float:

@@ -232,11 +232,11 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     if not config.chosen_size:
         lead = [(outcome.answers["harmful_test"], outcome.random, outcome.drawn) for outcome in of_lead]
         concentration = concentration_as_json(lead, vanilla["harmful_test"])
-    repeatability = None if stability is None else stability["group"]["repeatability"]["rate"]
+    repeated = None if stability is None else stability["group"]["repeatability"]
     return {
         **about,
         "caveats": [*shortened(config), *caveats_of(run)],
-        "verdict": audit_verdict(vanilla, group, config, len(engine.heads), repeatability),
+        "verdict": audit_verdict(vanilla, group, config, len(engine.heads), repeated),
         "behaviour": {
             "vanilla": rates_as_json(vanilla),
             "groups": [group_as_json(vanilla, outcome) for outcome in outcomes],
@@ -410,10 +410,10 @@ def audit_verdict(
     outcome: GroupOutcome,
     thresholds: Thresholds,
     n_heads: int,
-    repeatability: float | None = None,
+    repeated: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The verdict on one group, as results hold it: :func:`.verdict.verdict_of` the held-out answers."""
-    found = outcome.random, outcome.damage.kl, outcome.drawn.matched, repeatability
+    found = outcome.random, outcome.damage.kl, outcome.drawn.matched, repeated
     evidence = _evidence(vanilla, outcome.answers, *found)
     evidence = replace(evidence, settled=outcome.settled)
     heads = [str(head) for head in outcome.group]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
 
@@ -100,7 +100,9 @@ class Evidence:
     most_random_undone: int = 0
     """Refusals that the best of the random groups undoes."""
     repeatability: float | None = None
-    """How alike the groups are that resamples of the search half lead to."""
+    """Share of the resamples of the search half that lead to the same group."""
+    n_resamples: int = 0
+    """How many there were."""
     clustered_p: float | None = None
     """The test of coherent compliance where prompts have near-duplicates, which move together; None without any."""
     n_clusters: int | None = None
@@ -167,12 +169,12 @@ def evidence_of(
     random: Sequence[GroupAnswers],
     kl: Sequence[float],
     matched: str = "layers",
-    repeatability: float | None = None,
+    repeated: Mapping[str, Any] | None = None,
 ) -> Evidence:
     """Counts held-out answers: unablated ones and those under the group, and those under its random groups.
 
     ``kl`` is the teacher-forced KL of each benign prompt answered unablated; ``matched`` says where the random groups'
-    heads lie.
+    heads lie; ``repeated`` is the rate of resamples that lead to the same group, as JSON.
     """
     # Of each prompt's first answer: audits have one.
     (before, after), loss = (answers.coherent()[:, 0] for answers in harmful), gross_loss(*benign)
@@ -219,7 +221,8 @@ def evidence_of(
         random_unscored=float(np.mean(unscored)) if unscored else 0.0,
         matched=matched,
         most_random_undone=most_undone,
-        repeatability=repeatability,
+        repeatability=repeated["rate"] if repeated else None,
+        n_resamples=repeated["n"] if repeated else 0,
         **clustered,
     )
 
@@ -414,7 +417,7 @@ def _numbers_in_words(evidence: Evidence, group: str) -> str:
     if evidence.kl is not None:
         parts.append(f"KL on benign prompts: {_short(evidence.kl, 3)} nats (n {evidence.n_kl})")
     if evidence.repeatability is not None:
-        parts.append(f"repeatability of the group: {_short(evidence.repeatability)}")
+        parts.append(f"repeatability of the group: {_repeated(evidence)}")
     return "; ".join(parts)
 
 
@@ -441,7 +444,7 @@ def _reasons(evidence: Evidence, thresholds: Thresholds) -> list[str]:
         reasons.append(f"KL on benign prompts: {_short(evidence.kl, 3)} nats on average (n {evidence.n_kl}; {limit})")
     reasons.append(f"damage: {damage_of(evidence, thresholds)}")
     if evidence.repeatability is not None:
-        reasons.append(f"repeatability of the group on resamples of the search half: {_short(evidence.repeatability)}")
+        reasons.append(f"repeatability of the group: {_repeated(evidence)}")
     return reasons
 
 
@@ -483,6 +486,10 @@ def _undone(evidence: Evidence) -> str:
     (low, high), count, n = evidence.undone, evidence.n_undone, evidence.n_refused
     interval = f"[{_short(low)}, {_short(high)}]{_joined(evidence.clustered_undone)}"
     return f"{count} of {n} refusals, {_short(count / n)} {interval}"
+
+
+def _repeated(evidence: Evidence) -> str:
+    return f"{_short(evidence.repeatability or 0.0)} of {evidence.n_resamples:,} resamples of the search half"
 
 
 def _joined(clustered: Clustered | None) -> str:
