@@ -35,7 +35,7 @@ def test_scores_of_a_model_that_refuses_nothing_are_printed_with_a_warning(run, 
 def test_an_audit_of_such_a_model_ends_with_one_line_a_short_page_and_no_error(run):
     code, out, err = run("demo", "base", "--max-new-tokens", "16", "--quiet", "--out", "early")
     assert (code, err, len(out.splitlines())) == (0, "", 3)
-    assert out.startswith("Of 96 unablated answers to harmful prompts, complied are ")
+    assert out.startswith("Of 144 unablated answers to harmful prompts, these complied: ")
     assert Path("early/report/index.html").is_file()
     found = json.loads(Path("early/results.json").read_text())
     assert (found["verdict"]["label"], found["verdict"]["stopped_early"]) == ("no refusals to lose", True)
