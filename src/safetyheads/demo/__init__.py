@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from safetyheads.demo.grammar import Category, Split, benign_prompts, harmful_prompts
+from safetyheads.demo.grammar import DemoPrompt as DemoPrompt
 from safetyheads.display import Shown
 from safetyheads.files import read_toml
 from safetyheads.heads import Group, Head, parse_heads
+from safetyheads.model.names import CHECKPOINTS as CHECKPOINTS
 from safetyheads.model.names import DEMO, find_model
 from safetyheads.prompts.prompt_set import Prompt, PromptSet
 from safetyheads.prompts.templates import Template
