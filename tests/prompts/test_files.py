@@ -58,6 +58,7 @@ TABLE = "\ufeffid, Prompt ,note,reference\n1,one,eins,uno\n2,,zwei,\n\n3,three,d
         ),
         ("r.csv", "prompt,id\rOne,1\rTwo,2\r", ["One", "Two"], 0),
         ("i.jsonl", '{"instruction": "Sum up", "input": "A note"}', ["A note\n\n---\n\nSum up"], 0),
+        ("q.txt", "Question, please\nName a tree.\n", ["Question, please", "Name a tree."], 0),  # no names of columns
     ],
 )
 def test_files_are_read_in_every_format(tmp_path, name, content, prompts, dropped):

@@ -566,7 +566,7 @@ def compare(
         gates = [check_gate(condition, compared) for condition in conditions]
         code = exit_code(compared, gates, gate.allow_warnings)
         found = asdict(compared) | {"quantities": quantities(compared), "gates": gates, "exit_code": code}
-        pages = [write_comparison(found, path) for path in gate.report]
+    pages = [write_comparison(found, path) for path in gate.report]
     _show(found, output, lambda: show.show_comparison(found, pages))
     for judged in gates if output.json else ():
         if judged["outcome"] != "passed":

@@ -28,6 +28,7 @@ from safetyheads.runs.shards import Shard
 if TYPE_CHECKING:
     from safetyheads.runs.estimate import Machine
 
+# Panel of a help page -> the classes whose fields stand in it; those of other classes stand among the settings.
 _PANELS = {
     "Arguments": "SweepOptions",
     "Prompts": "PromptOptions TemplateOptions RunConfig CheckConfig",
@@ -44,7 +45,6 @@ _PANELS = {
     "Run directory": "DirectoryOptions RunOptions ReportOptions",
     "Output": "PortOptions OutputOptions",
 }
-# Panel of a help page -> the classes whose fields stand in it; those of other classes stand among the settings.
 PANELS = {title: Group(title, sort_key=place) for place, title in enumerate(_PANELS)}
 """Panels of a help page, from top to bottom."""
 # Options that are not spelt as their fields; those that repeat are named for one of their values.
@@ -95,7 +95,7 @@ class RunOptions(DirectoryOptions):
     gpus_per_worker: float = 0.0
     """GPUs of each worker under Ray; half a one needs --memory."""
     judge_workers: int = 0
-    """Processes under Ray that hold the judge models, each with the GPUs of a worker unless --judge-device is cpu.
+    """Processes under Ray that hold the judge models, each with the GPUs of a worker if --judge-device is cuda.
     Default: each worker holds its own."""
     machine: str | None = None
     """As --dry-run, counted for a machine by name, from the model's config and tokenizer alone: H100, 2xH100 for a

@@ -28,6 +28,7 @@ from safetyheads.experiments.outcome import Measured, Outcome, Row
 from safetyheads.experiments.settings import SEARCH_SCORES
 from safetyheads.heads import Head
 from safetyheads.measures.scorers import screened_ships, ships
+from safetyheads.measures.screening import Extent
 from safetyheads.model.engine import Engine
 from safetyheads.model.packing import TokenSequence
 from safetyheads.model.planning import row_sizes
@@ -420,8 +421,16 @@ def _timed(lab: Lab, subject: Subject) -> list[Row]:
             engine, prompts, [[(head,)] * n for head in sample], ablation, judge, Decoding(n_new, full_answers=True)
         )
 
+    # A quarter of the heads at most, so that there is something to screen.
+    extent = Extent(n_candidates=min(32, n_heads // 4 or 1), n_sampled=min(64, n_heads // 4))
     ways: list[tuple[str, str, int, int, Callable[[], Any]]] = [
-        ("screened score pass", "Ships of the best", n_heads, n, lambda: screened_ships(engine, prompts, ablation)),
+        (
+            "screened score pass",
+            "Ships of the best",
+            n_heads,
+            n,
+            lambda: screened_ships(engine, prompts, ablation, extent),
+        ),
         ("score pass", "Ships", n_heads, n, lambda: ships(engine, prompts, ablation)),
         ("plain score loop", "Ships", n_sampled, n, torch.inference_mode()(plain_loop)),
         ("exhaustive scan", "ASR", n_heads, n, lambda: scan(engine, prompts, ablation, judge, Decoding(n_new))),

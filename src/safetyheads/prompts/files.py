@@ -294,7 +294,7 @@ def _read_csv(text: str, path: str, delimiter: str = ",") -> Iterator[Cells]:
             raise InputError(f"{path}: two columns are named {repeated[0]!r}")
         if len(names) == 1 and re.search("[;|\t]", names[0]):
             raise InputError(
-                f"{path}: no commas part its columns; a file with tabs ends in .tsv, semicolons are not read"
+                f"{path}: no commas part its columns; a file with tabs ends in .tsv, semicolons and bars are not read"
             )
         for cells in reader:
             # Cutting the rest off would leave half of a query that has commas and no quotes.
@@ -327,8 +327,10 @@ def _read_txt(text: str, path: str) -> Iterator[Cells]:
     filled = [line for line in lines if line]
     if all(re.fullmatch(r'\{\s*".*\}', line) for line in filled):
         raise InputError(f"{path} has lines of JSON; such a file ends in .jsonl")
-    names = re.split(r"\s*[,\t]\s*", filled[0].lower())
-    if len(names) > 1 and not {*names}.isdisjoint(QUERY_COLUMNS) and all(map(_COLUMN_NAME.fullmatch, names)):
+    table = csv.reader((line[:1000] for line in filled[:2]), delimiter="\t" if "\t" in filled[0] else ",")
+    first, *second = ([cell.strip().lower() for cell in cells] for cells in table)
+    named = len(first) > 1 and not {*first}.isdisjoint(QUERY_COLUMNS) and all(map(_COLUMN_NAME.fullmatch, first))
+    if named and any(len(cells) == len(first) for cells in second):
         raise InputError(f"{path} begins with names of columns; such a file ends in .csv or .tsv")
     return ((path, {"": line} if line else {}) for line in lines)
 

@@ -98,7 +98,7 @@ def _about(measured: Facts, config: Facts) -> Iterator[tuple[str, str]]:
         yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-_CHANGE_NO_RESULT = ("--out", "--shard", "--wait", "--ray", "--workers", "--gpus-per-worker", "--judge-workers")
+_WHERE_OPTIONS = ("--out", "--shard", "--wait", "--ray", "--workers", "--gpus-per-worker", "--judge-workers")
 """Options of runs, each with a value."""
 
 
@@ -111,7 +111,7 @@ def command_of(run: RunDirectory) -> str:
     if not isinstance(told, list) or not told or Path(told[0]).name not in ("safetyheads", "app.py", "__main__.py"):
         return ""
     words = [str(word) for word in (told[3:] if told[1:2] == ["plan"] else told[1:])]
-    aside, pairs = _CHANGE_NO_RESULT, pairwise(["safetyheads", *words])
+    aside, pairs = _WHERE_OPTIONS, pairwise(["safetyheads", *words])
     kept = (word for before, word in pairs if before not in aside and word.partition("=")[0] not in aside)
     return shlex.join(["safetyheads", *kept])
 

@@ -71,10 +71,10 @@ def render_scan(results: Results, manifest: Mapping[str, Any], rows: Sequence[Re
     judges = [judge["name"] for judge in results["judges"]]
     figures, columns = _figures(results), head_columns(results)
     planted = results.get("planted_heads") or []
-    badge = f"{len(differ)} head{'s change' if len(differ) > 1 else ' changes'} the ASR"
+    badge = f"{len(differ)} head{'s change' if len(differ) > 1 else ' changes'} the coherent ASR"
     if not differ:
         has_rate = results["vanilla"]["harmful"]["asr"]["rate"] is not None
-        badge = "No head changes the ASR" if has_rate else "Nothing to measure"
+        badge = "No head changes the coherent ASR" if has_rate else "Nothing to measure"
     judged, reasons = _judge_tables(results, table, judges)
     # No judge of words says "safe", whose column would be empty.
     has_safe = any(head["safe"]["count"] for head in results["heads"] if "safe" in head)
@@ -150,7 +150,7 @@ def headline(results: Results) -> str:
 
 
 def power_words(results: Results) -> str:
-    """The smallest rise of ASR that so many prompts show."""
+    """The smallest rise of the coherent ASR that so many prompts show."""
     statistics = results["statistics"]
     least, joined = statistics["smallest_change"], in_clusters(statistics.get("n_clusters"))
     heads, alpha = f"{statistics['n_heads']:,} heads", number(statistics["alpha"])
@@ -158,7 +158,7 @@ def power_words(results: Results) -> str:
     if least["change"] is None:
         few = f"n = {statistics['n']}{joined} is too few"
         return f"{few}: not even a head that frees every prompt is found in 80 % of runs ({tests})."
-    found = f"one head of {least['tests']:,} is found in 80 % of runs if it raises the ASR by {two(least['change'])}"
+    found = f"one head of {least['tests']:,} is found in 80 % of runs if it raises it by {two(least['change'])}"
     return f"With n = {least['n']} prompts{joined} {found}; smaller rises are missed more often ({tests})."
 
 
@@ -166,8 +166,9 @@ def power_words(results: Results) -> str:
 
 
 def by_asr(heads: Sequence[Head]) -> list[Head]:
-    """Highest ASR first; a head without one comes last, and ties go to the earlier head."""
-    return sorted(heads, key=lambda head: -1.0 if head["asr"]["rate"] is None else head["asr"]["rate"], reverse=True)
+    """Highest coherent ASR first; a head without one comes last, and ties go to the earlier head."""
+    rates = {head["head"]: head["coherent_asr"]["rate"] for head in heads}
+    return sorted(heads, key=lambda head: -1.0 if (rate := rates[head["head"]]) is None else rate, reverse=True)
 
 
 def differing(results: Results) -> list[Head]:
@@ -177,7 +178,7 @@ def differing(results: Results) -> list[Head]:
 
 
 def named_heads(results: Results) -> list[str]:
-    """Heads that figures name: those that differ and planted ones; without them the one of highest ASR."""
+    """Heads that figures name: those that differ and planted ones; without them the one of highest coherent ASR."""
     found = [head["head"] for head in differing(results)[:MAX_NAMED]]
     found = list(dict.fromkeys([*found, *(results.get("planted_heads") or ())]))
     return found or [head["head"] for head in by_asr(results["heads"])[:1]]
@@ -196,7 +197,7 @@ def benign_lost(head: Head) -> float | None:
 
 
 def _strongest(results: Results) -> Head | None:
-    """The head that changes the ASR most, or, where none does, the one of highest ASR."""
+    """The head that changes the coherent ASR most, or, where none does, the one of the highest."""
     found = differing(results) or [head for head in by_asr(results["heads"]) if head["asr"]["rate"] is not None]
     return found[0] if found else None
 
@@ -316,7 +317,7 @@ def _head_tooltip(results: Results, **first: tuple[str, str]) -> list[alt.Toolti
 
 
 def _harmful_and_benign(results: Results) -> Spec | None:
-    """Change of ASR against the benign answers that each head's ablation costs; None without benign prompts."""
+    """Change of coherent ASR against the benign answers that a head's ablation costs; None without benign prompts."""
     if not any(head["benign"] for head in results["heads"]):
         return None
     shown = [look for role, look in ROLES.items() if any(head["role"] == role for head in results["heads"])]
@@ -326,7 +327,7 @@ def _harmful_and_benign(results: Results) -> Spec | None:
     words = " : ".join(f"datum.role == '{role}' ? '{look[0]}'" for role, look in ROLES.items()) + " : ''"
     axis = alt.Axis(format=".2~f", tickCount=5)
     # Room for the name of the strongest head at the edge.
-    x_title, scale = "change of ASR, share of harmful prompts", alt.Scale(padding=30)
+    x_title, scale = "change of coherent ASR, share of harmful prompts", alt.Scale(padding=30)
     x = alt.X("change:Q", title=x_title, axis=axis, scale=scale)
     y = alt.Y("lost:Q", title="benign answers lost, share of prompts", axis=axis)
     named, intervals = set(named_heads(results)), list[Look]()
@@ -353,7 +354,7 @@ def _harmful_and_benign(results: Results) -> Spec | None:
         points.encode(color=color, shape=shape, tooltip=_head_tooltip(results)),
         names.mark_text(align="left", baseline="bottom", dx=8, dy=-4, **charts.NAME).encode(text="head:N"),
     ]
-    return charts.spec(layers, (), 300, "Change of ASR against benign answers lost, head by head")
+    return charts.spec(layers, (), 300, "Change of coherent ASR against benign answers lost, head by head")
 
 
 def _proxy(results: Results, name: str) -> Spec:
@@ -366,11 +367,11 @@ def _proxy(results: Results, name: str) -> Spec:
     tooltips = _head_tooltip(results, **{field: (f"{score['label']} ({score['unit']})", ".4~g")})
     x_title = f"{score['unit']}, square-root scale" if skewed else score["unit"]
     x = alt.X(f"{field}:Q", title=x_title, scale=scale, axis=alt.Axis(format="~r", tickCount=4))
-    y_title = "ASR, head ablated alone"
-    base = alt.Chart().transform_filter(f"isValid(datum.asr) && isValid(datum['{field}'])")
-    base = base.encode(x=x, y=alt.Y("asr:Q", title=y_title, **rate), tooltip=tooltips)
+    y_title = "coherent ASR, head ablated alone"
+    base = alt.Chart().transform_filter(f"isValid(datum.coherent) && isValid(datum['{field}'])")
+    base = base.encode(x=x, y=alt.Y("coherent:Q", title=y_title, **rate), tooltip=tooltips)
     # Every second name below its point, where there is room: heads of like scores would else overwrite each other.
-    below = "datum.below && datum.asr > 0.15"
+    below = "datum.below && datum.coherent > 0.15"
     grey: Look = {"size": 40, "opacity": 0.55, "color": "--random"}
     orange: Look = {"size": 110, "opacity": 1, "color": "--attack"}
     layers = [
@@ -379,7 +380,7 @@ def _proxy(results: Results, name: str) -> Spec:
         base.transform_filter(f"datum.named && !({below})").mark_text(dy=-10, **charts.NAME).encode(text="head:N"),
         base.transform_filter(below).mark_text(dy=14, **charts.NAME).encode(text="head:N"),
     ]
-    vanilla = results["vanilla"]["harmful"]["asr"]["rate"]
+    vanilla = results["vanilla"]["harmful"]["coherent_asr"]["rate"]
     if vanilla is not None:
         layers.insert(0, charts.rule_at("y", vanilla, {"title": y_title, **rate}))
     return charts.spec(layers, (), 220, f"{score['label']} against ASR, head by head")
@@ -428,7 +429,7 @@ def head_columns(results: Results) -> dict[str, Any]:
     for head in heads:
         change = head["change"]
         low, high = head["asr"]["interval"] or (None, None)
-        numbers = {"asr": head["asr"]["rate"], "low": low, "high": high}
+        numbers = {"asr": head["asr"]["rate"], "coherent": head["coherent_asr"]["rate"], "low": low, "high": high}
         numbers |= {name: change[name] for name in ("change", "p_tarone")}
         if has_benign:
             numbers["lost"] = benign_lost(head)

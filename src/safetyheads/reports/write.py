@@ -14,6 +14,7 @@ from safetyheads.reports import audit, charts, evaluation, scan, single_steps
 from safetyheads.reports.audit import rate_rows
 from safetyheads.reports.page import Page, render
 from safetyheads.reports.reproduction import render_reproduction
+from safetyheads.reports.tables import rate_words
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 
 _STEP = single_steps.single_step_page, single_steps.headline
@@ -96,16 +97,16 @@ def history_page(history: Mapping[str, Any]) -> Page:
 
 
 def _history_in_words(entries: Sequence[Mapping[str, Any]]) -> str:
-    """From where to where the unablated model's ASR went, and in how many runs it moved."""
+    """From where to where the unablated model's coherent ASR went, and in how many runs it moved."""
     rated = [entry["vanilla_asr"] for entry in entries if entry["vanilla_asr"]["rate"] is not None]
     if not rated:
         return "No run has scored answers of the unablated model."
-    ends = [f"{of['rate']:.2f} ({of['count']} of {of['n']})" for of in (rated[0], rated[-1])]
+    ends = [f"{rate_words(of)} ({of['count']} of {of['n']})" for of in (rated[0], rated[-1])]
     changes = [entry["change"]["shown"].split()[:1] for entry in entries if entry["change"]]
     rose, fell = (changes.count([verb]) for verb in ("rose", "fell"))
     if len(rated) == 1:
-        return f"One run: the unablated model’s ASR is {ends[0]}."
+        return f"One run: the unablated model’s coherent ASR is {ends[0]}."
     return (
-        f"Over {len(entries)} runs the unablated model’s ASR goes from {ends[0]} to {ends[1]}; against the run of the "
-        f"same kind before, it rose by more than chance in {rose} of them and fell in {fell}."
+        f"Over {len(entries)} runs the unablated model’s coherent ASR goes from {ends[0]} to {ends[1]}; against the "
+        f"run of the same kind before, it rose by more than chance in {rose} of them and fell in {fell}."
     )

@@ -278,7 +278,9 @@ def results_of_records(
 def _statistics(vanilla: GroupAnswers, n_heads: int) -> dict[str, Any]:
     n, n_seeds, joined = len(vanilla.records), len(vanilla.records[0]), vanilla.clusters is not None
     n_clusters = len(set(vanilla.clusters)) if vanilla.clusters else None
-    least = smallest_change_with_power(n_clusters or n, vanilla.asr.rate or 0.0, ALPHA, n_heads, n_seeds=n_seeds)
+    least = smallest_change_with_power(
+        n_clusters or n, vanilla.coherent_asr.rate or 0.0, ALPHA, n_heads, n_seeds=n_seeds
+    )
     by = "near-duplicates" if joined else "prompt"
     return {
         "n": n,
@@ -429,11 +431,12 @@ def _proxies(
     changes: Mapping[str, Mapping[str, Any]],
     scores: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any] | None:
-    """Each score of the scanned heads against their ASR; None without scores."""
+    """Each score of the scanned heads against their coherent ASR; None without scores."""
     if not scores:
         return None
     heads = parse_heads(",".join(singles))
-    complied, before = np.array([answers.complied() for answers in singles.values()]).T, np.array(vanilla.complied())
+    *alone, before = (np.array(of.shares(of.coherent())) for of in (*singles.values(), vanilla))
+    complied = np.array(alone).T
     differs = np.array([_is_higher(changes[head]) for head in singles], bool)
     values = {
         name: np.array([score["values"][head.layer][head.index] for head in heads], float)

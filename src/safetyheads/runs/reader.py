@@ -196,12 +196,14 @@ class RunReader(FinishedRun):
         return scores
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """A row for each group of heads, the unablated model first: its ASR with the 95 % interval."""
-        rows = [{"heads": "", "found_by": "unablated", "size": 0, **rate_row(self.vanilla_asr)}]
+        """A row for each group of heads, the unablated model first: its coherent ASR with the 95 % interval."""
+        rows = [{"heads": "", "found_by": "unablated", "size": 0, **rate_row(self.coherent_asr)}]
         for group in self.results["behaviour"]["groups"] if self.kind == "audit" else self.results["heads"]:
             heads = group["heads"] if self.kind == "audit" else [group["head"]]
             found_by = group["scorer"] if self.kind == "audit" else "single heads"
-            rows.append({"heads": ",".join(heads), "found_by": found_by, "size": len(heads), **rate_row(group["asr"])})
+            rows.append(
+                {"heads": ",".join(heads), "found_by": found_by, "size": len(heads), **rate_row(group["coherent_asr"])}
+            )
         return rows
 
     def answers(self) -> list[dict[str, Any]]:
