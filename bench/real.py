@@ -202,7 +202,7 @@ def resampled(work: Work, options: argparse.Namespace) -> dict[str, Any]:
 
         proposal = propose(scorer_on, heads, n, work.extent)
         scores, best = own.mean(dim=1).topk(_TOP + 1)
-        lost.append(sum(heads[at] not in proposal.heads for at in best[:_TOP].tolist()))
+        lost.append(sum(heads[at] not in proposal.candidates for at in best[:_TOP].tolist()))
         gaps.append(float(scores[_TOP - 1] - scores[_TOP]))
         costs.append(costs_of(work.engine, [work.sequences[at] for at in drawn.tolist()], proposal)["with_sample"])
     found = {"draws": len(lost), "prompts": n, "of": n_all, "kept": lost.count(0), "lost": lost}

@@ -196,7 +196,9 @@ def survives(
     while status not in (-signal.SIGKILL, -signal.SIGVTALRM):
         whole.fresh(out)
         started, (status, *_) = time.time_ns(), commands.run(name, out, moment, how)
-        moment = max(0.001, moment * 0.9) if isinstance(moment, float) else moment - 1
+        if status > 0:
+            raise RuntimeError(f"{name} ended with {status}: {commands.errors.read_text()[-500:]}")
+        moment = max(0.001, moment * 0.9) if isinstance(moment, float) else max(1, moment - 1)
     where = last_place(out, started)
     stored = [path for folder in ("shards", "completions") for path in (out / folder).rglob("[!.]*.*")]
     times = {path: path.stat().st_mtime_ns for path in stored}

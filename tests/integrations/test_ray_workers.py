@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from safetyheads import load_demo
-from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError
 from safetyheads.integrations.ray_workers import (
     MOST_FAILURES,
     ClaimingShard,
@@ -188,6 +188,24 @@ def test_workers_of_one_directory_compute_each_unit_once(one, tmp_path):
     computed = (tmp_path / "computed").read_text().splitlines()
     assert sorted(computed) == sorted(f"{stage} {n}" for stage in STAGES for n in range(N_UNITS))
     assert bytes_of(tmp_path / "run") == one
+
+
+def test_a_unit_that_fails_in_an_audit_of_a_sweep_goes_back(tmp_path):
+    claims = Claims()
+
+    def share(name):
+        ask = lambda method, *arguments: getattr(claims, method)(*arguments)  # noqa: E731
+        shard = ClaimingShard(name, tmp_path, ask, ask).within(tmp_path / "audit")
+        shard.divide({("scores/one",): 1.0})
+        return shard
+
+    one = share("one")
+    assert one.takes("scores/one")
+    assert not share("two").takes("scores/one")
+    assert not one.gives_back(ElsewhereError("scores", frozenset()))
+    assert one.gives_back(SafetyheadsError("the disk is full"))
+    assert share("two").takes("scores/one")
+    assert not one.gives_back(SafetyheadsError("nothing is in hand"))
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,12 @@ from safetyheads.errors import ElsewhereError, IncompleteError, InputError
 from safetyheads.files import write_atomically
 from safetyheads.runs import kept_answers
 from safetyheads.runs.audit import read_prompts, run_audit
-from safetyheads.runs.config import AuditConfig, ScanConfig
+from safetyheads.runs.config import AuditConfig, SaharaConfig, ScanConfig, ShipsConfig
 from safetyheads.runs.directory import RunDirectory, records_place, status_of
 from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.merge import merge
 from safetyheads.runs.shards import Shard, owners
+from safetyheads.runs.single_steps import run_sahara, run_ships
 
 MODEL = "demo:aligned_a"
 SHORT = {"limit": 6, "max_new_tokens": 12, "memory": 1.0}
@@ -62,6 +63,20 @@ def rounds(carry_out, engine, config, folder, n_shards):
         if ended:
             return number + 1
     raise AssertionError("the rounds do not end")
+
+
+@pytest.mark.parametrize(
+    ("carry_out", "config"),
+    [
+        (run_ships, ShipsConfig(MODEL, "demo", limit=6, memory=1.0)),
+        (run_sahara, SaharaConfig(MODEL, "demo", limit=6, size=1, memory=1.0)),
+    ],
+    ids=["ships", "sahara"],
+)
+def test_single_steps_need_no_more_rounds_than_they_say(engine, tmp_path, monkeypatch, carry_out, config):
+    monkeypatch.setattr(kept_answers, "_LEAST_PROMPTS", 2)
+    n = rounds(carry_out, engine, config, tmp_path / "many", 2)
+    assert 1 < n <= carry_out(engine, config, tmp_path / "none", dry_run=True)["rounds"]
 
 
 @pytest.mark.parametrize(

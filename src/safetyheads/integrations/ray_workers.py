@@ -137,6 +137,10 @@ class ClaimingShard(Shard):
         """What keeps a run from its end: where that is what others compute, their units that failed too often."""
         return _failures(self._ask("given_up"), self._run) if isinstance(error, ElsewhereError) else error
 
+    def gives_back(self, error: SafetyheadsError) -> bool:
+        """Give back the unit that failed; whether there was one, so that the run is tried again."""
+        return not isinstance(error, ElsewhereError) and bool(self._ask("fail", self.part, one_line(error)))
+
     def divide(self, units: Units) -> None:
         """Tell the claims of new units."""
         new = [places for places in units if places[0] not in self._units]

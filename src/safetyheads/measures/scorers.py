@@ -302,7 +302,7 @@ def openers_of(
 
 def find_openers(engine: Engine, prompts: AnyPrompts, judge: AnyJudge | None = None) -> tuple[Opener, ...]:
     """The openers of the model's own unablated refusals of these prompts; :class:`SafetyheadsError` if it has none."""
-    asked, decoding = engine.ask(prompts), Decoding(OPENER_TOKENS, full_answers=True)
+    asked, decoding = ask(engine, prompts), Decoding(OPENER_TOKENS, full_answers=True)
     (answers,) = answers_under(engine, asked, [[()] * len(asked)], UNDIFFERENTIATED_ATTENTION, judge, decoding)
     return openers_of(engine, answers, needs=True)
 

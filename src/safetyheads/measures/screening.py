@@ -70,6 +70,8 @@ class Extent(Shown):
 
     def n_groups(self, of: int, n_prompts: int, steps: int) -> int:
         """Groups that a search of so many steps scores on all prompts, at most."""
+        if not self.rounds(of, n_prompts):
+            return sum(of - step for step in range(steps))
         first = self.n_heads(of, n_prompts)
         return first + (steps - 1) * (min(first, self.n_candidates) if self.once else first)
 

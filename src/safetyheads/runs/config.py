@@ -199,6 +199,9 @@ class ScreenOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        size, candidates = getattr(self, "size", 1), 32 if self.candidates is None else self.candidates
+        if getattr(self, "screen_once", False) and candidates < size:
+            raise InputError(f"--screen-once leaves {candidates} candidates for {size} steps; --candidates sets more")
         for name in ("candidates", "sample", "screen_once"):
             if getattr(self, name, None) not in (None, False) and not self.screen:
                 raise InputError(f"--{name.replace('_', '-')} belongs to --screen")
@@ -275,7 +278,7 @@ PRESETS = read_toml(Path(__file__).with_name("presets.toml"))
 
 def preset_settings(name: str) -> dict[str, Any]:
     """The settings of a preset; an InputError lists the known ones."""
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise InputError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
     return {field: tuple(value) if isinstance(value, list) else value for field, value in PRESETS[name].items()}
 

@@ -116,7 +116,8 @@ def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
     # Judges that were added to an earlier start of this run are kept, where they judged every answer.
     own = [judge.name for judge in run.judges]
     later = [judge for judge in run.directory.earlier_results().get("judges", ()) if judge["name"] not in own]
-    records = list(with_later_verdicts(run.directory, records, [judge["name"] for judge in later]))
+    if later:
+        records = list(with_later_verdicts(run.directory, records, [judge["name"] for judge in later]))
     judges += [judge for judge in later if all(judge["name"] in record["verdicts"] for record in records)]
     return about | results_of_records(records, about, judges, random_groups_of(run.directory))
 
@@ -195,11 +196,11 @@ def _groups(run: Run[ScanConfig], alone: Sequence[GroupAnswers], prefixes: Seque
     if config.groups:
         groups["groups"] = list(config.parsed_groups)
     if config.pairs:
-        # The heads of highest ASR alone on the half of the prompts that chooses, over all seeds; ties go to the earlier
-        # head. Their synergy is measured on the other half.
+        # The heads of highest coherent ASR alone on the half of the prompts that chooses, over all seeds; ties go to
+        # the earlier head. Their synergy is measured on the other half.
         counts, chooses = Counter[str](), _chooses_pairs(alone[0], config.seed)
         for answers in alone:
-            counts[answers.group] += int(np.nansum(answers.verdicts()[chooses]))
+            counts[answers.group] += int(np.nansum(answers.coherent()[chooses]))
         groups["pairs"] = list(combinations([Head.parse(head) for head, _ in counts.most_common(config.pairs)], 2))
     if prefixes:
         groups["prefixes"] = list(prefixes)
@@ -347,11 +348,13 @@ def _role(frees: bool, benign: Mapping[str, Any] | None) -> str:
     """
     lost = 0.0 if benign is None else -(benign["answered_change"]["change"] or 0.0)
     loses = benign is not None and benign["answered_change"]["p_tarone"] < ALPHA and lost > 0
-    if frees and benign is not None:
+    if frees:
+        if benign is None:
+            return "open"
         loss, most = benign["loss"], Thresholds.most_lost
         return "mixed" if loses or loss["lower"] > most else "refusal" if loss["upper"] < most else "open"
-    if frees or benign is None or not loses:
-        return "refusal" if frees else "none"
+    if benign is None or not loses:
+        return "none"
     refused = benign["refused_change"]["change"] or 0.0
     return "over_refusal" if 2 * refused >= lost else "damage"
 
@@ -407,12 +410,13 @@ def _synergy(table: AnswerTable, vanilla: GroupAnswers, epsilon: float, seed: in
     tests = ~_chooses_pairs(vanilla, seed)
     for together in pairs.values():
         alone = [singles[head] for head in together.heads]
-        synergy = log_odds_synergy(*(np.array(each.complied())[tests] for each in (together, *alone, vanilla)))
+        complied = (np.array(each.shares(each.coherent())) for each in (together, *alone, vanilla))
+        synergy = log_odds_synergy(*(shares[tests] for shares in complied))
         entries.append(
             {
                 "heads": together.heads,
-                "together": together.rate_of(together.verdicts(), tests),
-                "alone": [answers.rate_of(answers.verdicts(), tests) for answers in alone],
+                "together": together.rate_of(together.coherent(), tests),
+                "alone": [answers.rate_of(answers.coherent(), tests) for answers in alone],
                 "synergy": synergy.value,
                 "interval": synergy.interval,
                 "p_value": synergy.p_value,

@@ -247,7 +247,9 @@ def random_as_json(
     All groups differ. The p value is the group's rank among them and itself; where ``all`` is true they are all groups
     that are ``matched`` so, and the p value is exact over that population. ``least_p`` is the least that it could be.
     """
-    scored = [(control, rate) for control in controls if (rate := control.coherent_asr.rate) is not None]
+    scored_here = ~np.isnan(answers.coherent())  # as the verdict counts: prompts that both scored
+    by_control = ((control, control.coherent()[scored_here]) for control in controls)
+    scored = [(control, float(np.nanmean(of))) for control, of in by_control if not np.isnan(of).all()]
     own = answers.coherent_asr.rate
     if own is None or not scored:
         return None

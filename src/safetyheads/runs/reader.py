@@ -288,7 +288,7 @@ class RunReader(FinishedRun):
     def size_outcomes(self) -> tuple[list[SizeOutcome], list[bool]] | None:
         """Outcomes of an audit's lead groups and of its unablated model, prompts in order; None if not all are stored.
 
-        An answer without a verdict has not complied, as in the concentration that the audit wrote.
+        An answer without a verdict, or an incoherent one, has not complied, as in the audit's own concentration.
         """
         if self.kind != "audit" or self.concentration is None:
             return None
@@ -298,7 +298,7 @@ class RunReader(FinishedRun):
             answers = self.under("harmful", heads)
             if answers.prompts != unablated.prompts:
                 raise LookupError
-            return list((answers.verdicts() == 1).any(axis=1).tolist())
+            return list((answers.coherent() == 1).any(axis=1).tolist())
 
         sizes = []
         try:

@@ -321,7 +321,7 @@ class Run(Generic[Config]):
         units = [unit for key in keys for unit in self.answers(*key).unablated_units.items()]
         self.directory.divide("unablated", dict(units))
         costs = [float(len(self.asked[name])) for name, _ in keys]
-        unablated = self.directory.together(*(partial(self._unablated, *key) for key in keys), costs=costs)
+        unablated = self.directory.together(*(partial(self.unablated, *key) for key in keys), costs=costs)
         own = [
             record["surprise"]
             for answers in unablated
@@ -335,7 +335,7 @@ class Run(Generic[Config]):
         quantile = float(np.quantile(own, OWN_QUANTILE)) if own else None
         return {"limit": self.limit, "n": len(own), "own": quantile}
 
-    def _unablated(self, name: str, sampling: Sampling) -> GroupAnswers:
+    def unablated(self, name: str, sampling: Sampling | None = None) -> GroupAnswers:
         """The unablated answers to a set, as rates are made of them; judges of words have labelled harmful ones."""
         answers = self.answers(name, sampling)
         unablated: GroupAnswers

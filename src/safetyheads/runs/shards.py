@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.judges.base import Judge
 from safetyheads.runs.stored_files import content_key
 
@@ -75,6 +75,10 @@ class Shard:
     def within(self, _: Path) -> Shard:
         """The same share of another run, one of several that this process carries out in directories of their own."""
         return self
+
+    def gives_back(self, _: SafetyheadsError) -> bool:
+        """Whether the unit that failed goes to others or is tried again, so that the run is not over."""
+        return False
 
     def ends_waiting(self, missing: Iterable[str], seconds: float) -> bool:
         """Whether to end without the files of others that are missing, after seconds in which none appeared."""

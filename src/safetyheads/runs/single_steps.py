@@ -52,7 +52,7 @@ def _work(engine: Engine, config: ShipsConfig | SaharaConfig, asked: Mapping[str
     token_ids = asked["harmful"].token_ids
     stages = ("unablated answers", "searching groups" if searches else "scores of heads")
     size = getattr(config, "size", 1)
-    passes, rounds = float(size), 1 + size
+    passes, rounds = float(size), 2 + size
     if config.screen:
         search = n_heads, len(token_ids), size
         passes = (extent.n_groups(*search) + extent.n_screened(*search)) / n_heads
@@ -62,7 +62,7 @@ def _work(engine: Engine, config: ShipsConfig | SaharaConfig, asked: Mapping[str
 
 def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
     config, ablation, readouts = run.config, run.ablation, Readouts(ships=True)
-    warn_where_nothing_shows(run.answers("harmful").vanilla())
+    warn_where_nothing_shows(run.unablated("harmful"))
     heads, screened = None, dict[str, Any]()
     if config.screen:
         measuring = run.head_pass("harmful", ablation, readouts, config.positions)
@@ -103,7 +103,7 @@ def score_of(config: SaharaConfig) -> Score:
 
 def _sahara_results(run: Run[SaharaConfig]) -> dict[str, Any]:
     config, engine, score = run.config, run.engine, score_of(run.config)
-    warn_where_nothing_shows(run.answers("harmful").vanilla())
+    warn_where_nothing_shows(run.unablated("harmful"))
     openers = run.openers("harmful", needs=True) if config.score == "refusal_score" else ()
     readouts = score.readouts([opener.token_id for opener in openers])
     measuring = run.head_pass("harmful", run.ablation, readouts, config.positions)

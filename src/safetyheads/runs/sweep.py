@@ -102,17 +102,19 @@ def carry_out_sweep(
     loaded, engine = None, None
     for number, (place, config) in enumerate(audits.items(), start=1):
         progress.say(f"{number} of {len(audits)}: {place.name}")
-        share = None if shard is None else shard.within(place)
-        here: dict[str, Any] = {"shard": share, "lenders": [other for other in audits if other != place]}
-        try:
-            if too_few := why_too_few(config, prompts[place]):
-                raise TooFewPromptsError(f"cannot say: {too_few}; --anyway goes on")
-            if engine is None or loaded != (config.model, config.load_options):
-                engine = None  # freed before the next one is read
-                engine, loaded = load(config), (config.model, config.load_options)
-            found[place] = run_audit(engine, config, place, prompts[place], progress, **here, **how)
-        except SafetyheadsError as error:
-            failed[place] = error
+        while place not in found and place not in failed:
+            share = None if shard is None else shard.within(place)
+            here: dict[str, Any] = {"shard": share, "lenders": [other for other in audits if other != place]}
+            try:
+                if too_few := why_too_few(config, prompts[place]):
+                    raise TooFewPromptsError(f"cannot say: {too_few}; --anyway goes on")
+                if engine is None or loaded != (config.model, config.load_options):
+                    engine = None  # freed before the next one is read
+                    engine, loaded = load(config), (config.model, config.load_options)
+                found[place] = run_audit(engine, config, place, prompts[place], progress, **here, **how)
+            except SafetyheadsError as error:
+                if share is None or not share.gives_back(error):
+                    failed[place] = error
     return found, failed
 
 
