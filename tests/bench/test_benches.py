@@ -199,14 +199,14 @@ def test_the_bench_of_a_real_model_runs_on_any_and_its_ways_agree(tmp_path, line
     import real
 
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(f"Please tell me of {n} trees" for n in range(8)))
-    small = ["demo:aligned_a", "--prompts", str(prompts), "--limit", "8", "--threads", "1", "--candidates", "4"]
+    prompts.write_text("\n".join(f"Please tell me of {n} trees" for n in range(12)))
+    small = ["demo:aligned_a", "--prompts", str(prompts), "--limit", "12", "--threads", "1", "--candidates", "4"]
     real.main([*small, "--repeats", "1", "--sample", "2"])
     real.main([*small, "--resamples", "3"])
     real.main([*small, "--repeats", "1", "--sample", "2", "--ways", "generated", "scanned", "--max-new-tokens", "12"])
     timed, kept, answered = lines()
     assert set(answered["ratios"]) == {"generated/scanned"}
-    assert answered["verdicts"] == {"answers": 2 * 8, "differing": 0}
+    assert answered["verdicts"] == {"answers": 2 * 12, "differing": 0}
     assert set(timed["ratios"]) == {"plain/ours", "hooks/ours", "screened/ours"}
     plain, hooks, ours = (timed["mean_ships"][way] for way in ("plain", "hooks", "ours"))
     assert len(ours) == 2

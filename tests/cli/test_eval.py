@@ -60,7 +60,7 @@ def test_a_run_is_continued_and_nothing_is_computed_twice(run, refused, tmp_path
     assert config["groups"] == ["1-3", "2-5"]
     assert config["versions"]["lm_eval"]
     assert config["tokenizer_sha256"]  # which the chat template is part of
-    assert "kind 'eval'" in refused("compare", out, out)
+    assert "is a run of eval" in refused("compare", out, out)
     page = (out / "report" / "index.html").read_bytes()
     assert run("report", out)[0] == 0
     assert (out / "report" / "index.html").read_bytes() == page

@@ -20,13 +20,13 @@ def test_planted_heads_lead_and_every_score_has_their_ranks(outcome):
     assert {row["head"] for row in best} <= PLANTED["aligned_a"]
     assert all(row["asr"]["value"] >= row["coherent"]["value"] for row in rows(outcome))
     ranks = [key for key in best[0] if key.endswith("_rank")]
-    assert len(ranks) == 5
+    assert len(ranks) == 4
     assert max(row["mean_ships_rank"] for row in best) <= 3
     marked = {point["panel"] for point in points(figure_of(outcome, "heads"))}
     assert marked == {"ASR", "coherent ASR", "nonsense"}
     assert len(points(figure_of(outcome, "heads"), panel="ASR")) == 32
     names = [row["score"] for row in rows(outcome, 1)]
-    assert (len(names), names[-1]) == (6, "split half")
+    assert (len(names), names[-1]) == (5, "split half")
 
 
 def test_groups_grow_beside_random_ones_and_the_best_pair(outcome):
