@@ -181,8 +181,7 @@ def sweep(
     else:
         from safetyheads.integrations.ray_workers import sweep_by_workers
 
-        at = options.ray, options.workers, options.gpus_per_worker, options.judge_workers
-        costs, failed = sweep_by_workers(audits, progress, sys.argv, *at)
+        costs, failed = sweep_by_workers(audits, progress, sys.argv, *options.under_ray)
     failures = [error for error in failed.values() if not isinstance(error, TooFewPromptsError)]
     for place, error in failed.items():
         show.print_error(f"{'error: ' * (error in failures)}{place.name}: {error}")
@@ -287,8 +286,7 @@ def _run(
     else:
         from safetyheads.integrations.ray_workers import carry_out_by_workers
 
-        at = where.ray, where.workers, where.gpus_per_worker, where.judge_workers
-        results = carry_out_by_workers(run, *given, *at)
+        results = carry_out_by_workers(run, *given, *where.under_ray)
     if results.get("dry_run"):
         _show(results, output)
     else:

@@ -111,6 +111,11 @@ class RunOptions(DirectoryOptions):
         return Machine.parse(self.machine)
 
     @property
+    def under_ray(self) -> tuple[str, int | None, float, int]:
+        """The last arguments of :func:`.ray_workers.carry_out_by_workers` and ``sweep_by_workers``."""
+        return self.ray or "", self.workers, self.gpus_per_worker, self.judge_workers
+
+    @property
     def parsed_shard(self) -> Shard:
         """Which units are computed."""
         if self.wait and self.shard is None:

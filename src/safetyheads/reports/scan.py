@@ -167,8 +167,12 @@ def power_words(results: Results) -> str:
 
 def by_asr(heads: Sequence[Head]) -> list[Head]:
     """Highest coherent ASR first; a head without one comes last, and ties go to the earlier head."""
-    rates = {head["head"]: head["coherent_asr"]["rate"] for head in heads}
-    return sorted(heads, key=lambda head: -1.0 if (rate := rates[head["head"]]) is None else rate, reverse=True)
+
+    def rate(head: Head) -> float:
+        found = head["coherent_asr"]["rate"]
+        return -1.0 if found is None else found
+
+    return sorted(heads, key=rate, reverse=True)
 
 
 def differing(results: Results) -> list[Head]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -255,16 +255,19 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     }
 
 
-_Tables: TypeAlias = dict[str, HeadScores]
-_Searched: TypeAlias = tuple[HeadPass, _Tables, _Tables, dict[str, SearchTrace], list[dict[str, Any]] | None]
+class _Searched(NamedTuple):
+    measuring: HeadPass
+    """The pass over the harmful search prompts."""
+    scores: dict[str, HeadScores]
+    by_prompt: dict[str, HeadScores]
+    """Ships on harmful and benign prompts, and the refusal score, prompt by prompt."""
+    traces: dict[str, SearchTrace]
+    screening: list[dict[str, Any]] | None
+    """Of each step, which heads were scored on all prompts; None where all were."""
 
 
 def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
-    """Score single heads and search groups on the search half: every head by every score, or what a screening finds.
-
-    The pass over the harmful search prompts; scores by name; Ships on harmful and benign prompts and the refusal score,
-    prompt by prompt; the searches; and of each step which heads were scored exactly, None where all were.
-    """
+    """Score single heads and search groups on the search half: every head by every score, or what a screening finds."""
     config, heads, ablation = run.config, run.engine.heads, run.ablation
     readouts = Readouts(ships=True, openers=openers, angles=() if config.screen else ANGLES)
     traces: dict[str, SearchTrace] = {}
@@ -281,12 +284,13 @@ def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
     )
     by_prompt = {"mean_ships": by_prompt.pop("ships"), "benign_ships": on_benign["ships"], **by_prompt}
     if config.screen:
-        return harmful, {name: table.mean() for name, table in by_prompt.items()}, by_prompt, traces, screening
+        scores = {name: table.mean() for name, table in by_prompt.items()}
+        return _Searched(harmful, scores, by_prompt, traces, screening)
     scores = {**scores_of(harmful), "benign_ships": scores_of(benign)[LEAD]}
     with run.progress.track("searching groups", len(SEARCHED) * n_scored(len(heads), config.size)) as done:
         searches = [partial(sahara, scorer_of(harmful, name, done), heads, config.size) for name in SEARCHED]
         traces |= zip(SEARCHED, run.directory.together(*searches), strict=True)
-    return harmful, scores, by_prompt, traces, screening
+    return _Searched(harmful, scores, by_prompt, traces, screening)
 
 
 def screened_search(

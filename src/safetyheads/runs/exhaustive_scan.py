@@ -410,7 +410,7 @@ def _synergy(table: AnswerTable, vanilla: GroupAnswers, epsilon: float, seed: in
     tests = ~_chooses_pairs(vanilla, seed)
     for together in pairs.values():
         alone = [singles[head] for head in together.heads]
-        complied = (np.array(each.shares(each.coherent())) for each in (together, *alone, vanilla))
+        complied = (np.array(each.coherently_complied()) for each in (together, *alone, vanilla))
         synergy = log_odds_synergy(*(shares[tests] for shares in complied))
         entries.append(
             {
@@ -439,7 +439,7 @@ def _proxies(
     if not scores:
         return None
     heads = parse_heads(",".join(singles))
-    *alone, before = (np.array(of.shares(of.coherent())) for of in (*singles.values(), vanilla))
+    *alone, before = (np.array(of.coherently_complied()) for of in (*singles.values(), vanilla))
     complied = np.array(alone).T
     differs = np.array([_is_higher(changes[head]) for head in singles], bool)
     values = {

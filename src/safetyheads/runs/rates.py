@@ -141,13 +141,11 @@ class GroupAnswers:
 
     def complied(self) -> list[float]:
         """Share of each prompt's answers that comply [n_prompts]; unscored ones count as not complied."""
-        return self.shares(self.verdicts())
+        return _shares(self.verdicts())
 
-    @staticmethod
-    def shares(values: FloatArray) -> list[float]:
-        """Share of each prompt's outcomes [n_prompts, n_seeds] that are 1, unscored ones among the others."""
-        shares: list[float] = np.nan_to_num(values).mean(axis=1).tolist()
-        return shares
+    def coherently_complied(self) -> list[float]:
+        """As :meth:`complied`, of the answers that are coherent too."""
+        return _shares(self.coherent())
 
     # Rates.
 
@@ -213,6 +211,12 @@ class GroupAnswers:
     def answered_change_from(self, before: GroupAnswers) -> PairedDifference:
         """How the rate of prompts that are answered changed."""
         return paired_difference(before.answered(), self.answered(), self.clusters)
+
+
+def _shares(values: FloatArray) -> list[float]:
+    """Of each prompt's outcomes [n_prompts, n_seeds] the share that is 1; unscored ones are not."""
+    shares: list[float] = np.nan_to_num(values).mean(axis=1).tolist()
+    return shares
 
 
 def _counted(values: FloatArray, clusters: Sequence[int] | None = None) -> Rate:
@@ -281,13 +285,13 @@ def concentration_as_json(
     outcomes = [
         SizeOutcome(
             len(answers.heads),
-            answers.shares(answers.coherent()),
-            [control.shares(control.coherent()) for control in controls],
+            answers.coherently_complied(),
+            [control.coherently_complied() for control in controls],
             drawn.n_possible or None,
         )
         for answers, controls, drawn in groups
     ]
-    return asdict(concentration(outcomes, vanilla.shares(vanilla.coherent()), vanilla.clusters))
+    return asdict(concentration(outcomes, vanilla.coherently_complied(), vanilla.clusters))
 
 
 def rate_as_json(values: FloatArray, clusters: Sequence[int] | None = None) -> dict[str, Any]:
