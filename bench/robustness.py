@@ -54,7 +54,7 @@ SERVER = """
 import json, os, signal, sys
 from hashlib import sha256
 from types import SimpleNamespace
-import statsmodels.stats.multitest, torch
+import torch
 torch.set_num_threads(1)
 from safetyheads.cli import app, show
 from safetyheads.demo import load_demo

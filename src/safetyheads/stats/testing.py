@@ -149,8 +149,11 @@ def exact_mcnemar(gained: int, lost: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> tuple[float, ...]:
-    """P values adjusted for testing all of them (Holm, 1979); in the order given, () for none."""
-    return _adjusted(p_values, "holm")
+    """P values adjusted for testing all of them (Holm, 1979); in the order given, () for none.
+
+    It is Tarone's step-down where every test could give any p value.
+    """
+    return tarone(p_values, [0.0] * len(p_values))
 
 
 def holm_of_tests(p_values: Iterable[float | None]) -> list[float | None]:
@@ -186,16 +189,9 @@ def tarone(p_values: Sequence[float], least: Sequence[float]) -> tuple[float, ..
 
 def benjamini_hochberg(p_values: Sequence[float]) -> tuple[float, ...]:
     """P values adjusted so that a cut at q lets through a share of at most q false ones (Benjamini-Hochberg, 1995)."""
-    return _adjusted(p_values, "fdr_bh")
-
-
-def _adjusted(p_values: Sequence[float], method: str) -> tuple[float, ...]:
-    """It collects garbage, 0.4 s where torch is loaded: call this once for each table."""
-    from statsmodels.stats.multitest import multipletests  # slow to import, and few runs need it
-
     if not all(0 <= p_value <= 1 for p_value in p_values):
         raise InputError("p values lie between 0 and 1")
-    return tuple(multipletests(p_values, method=method)[1].tolist()) if len(p_values) else ()
+    return tuple(scipy.stats.false_discovery_control(p_values, method="bh").tolist()) if len(p_values) else ()
 
 
 def random_p_value(observed: float, random_values: Sequence[float]) -> float:
