@@ -5,7 +5,8 @@ one head at a time, sdpa, last token; (c) ``ours``: the package's exact pass, wh
 pass with a screening. (a) and (b) are timed on heads spread over the layers and scaled.
 With ``--ways generated scanned`` it times answers instead: (e) ``generated``: transformers' cached ``generate``, all
 prompts in one padded batch that ends at the end token, on heads spread over the layers and scaled; (f) ``scanned``: the
-package's exhaustive scan, whole, judge ``phrases``. The line says on how many of their common answers verdicts differ.
+package's exhaustive scan, judge ``phrases``, whole, or of one head in so many (``--scan-every``) and scaled. The line
+says on how many of their common answers verdicts differ.
 With ``--resamples`` it tells instead in how many resamples of stored exact scores the screening keeps the exact top 10.
 """
 
@@ -27,6 +28,7 @@ from scan import commit, machine
 
 from safetyheads import (
     UNDIFFERENTIATED_ATTENTION,
+    AnswerScan,
     Decoding,
     Engine,
     Extent,
@@ -65,6 +67,8 @@ class Work:
         self.sequences = tuple(map(TokenSequence, self.token_ids))
         heads = self.engine.heads
         self.sample = heads[len(heads) // (2 * options.sample) :: len(heads) // options.sample][: options.sample]
+        # Verdicts are compared on the sample.
+        self.scanned = tuple(sorted({*heads[:: options.scan_every], *self.sample}))
         self.extent = Extent(options.candidates, options.sampled)
         self.counted: dict[str, float] = {}
         self.scores: dict[str, dict[Head, float]] = {}
@@ -172,14 +176,18 @@ def generated(work: Work) -> float:
 def scanned(work: Work) -> float:
     """Seconds of (f)."""
     clock = Clock("cpu")
-    scan = scan_attack_success_rate(
-        work.engine, work.asked, UNDIFFERENTIATED_ATTENTION, PhraseJudge(), Decoding(work.n_new)
-    )
-    seconds = clock.lap()
+
+    def scan(heads: Sequence[Head]) -> tuple[AnswerScan, float]:
+        ablation, groups = UNDIFFERENTIATED_ATTENTION, [(head,) for head in heads]
+        found = scan_attack_success_rate(work.engine, work.asked, ablation, PhraseJudge(), Decoding(work.n_new), groups)
+        return found, clock.lap()
+
+    _, of_unablated = scan(()) if len(work.scanned) < len(work.engine.heads) else (None, 0.0)
+    found, seconds = scan(work.scanned)
     work.verdicts["scanned"] = {
-        head: [row.verdict.complied for row in scan.rows[scan.groups.index((head,))]] for head in work.sample
+        head: [row.verdict.complied for row in found.rows[found.groups.index((head,))]] for head in work.sample
     }
-    return seconds
+    return of_unablated + (seconds - of_unablated) * len(work.engine.heads) / len(work.scanned)
 
 
 def resampled(work: Work, options: argparse.Namespace) -> dict[str, Any]:
@@ -219,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ways", nargs="+", choices=(*WAYS, *ANSWERS), default=WAYS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sample", type=int, default=6, help="heads that plain, hooks and generated are timed on")
+    parser.add_argument("--scan-every", type=int, default=1, help="scanned takes one head in so many, and is scaled")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer of generated and scanned")
     parser.add_argument("--candidates", type=int, default=24)
     parser.add_argument("--sampled", type=int, default=0)

@@ -203,7 +203,8 @@ def test_the_bench_of_a_real_model_runs_on_any_and_its_ways_agree(tmp_path, line
     small = ["demo:aligned_a", "--prompts", str(prompts), "--limit", "12", "--threads", "1", "--candidates", "4"]
     real.main([*small, "--repeats", "1", "--sample", "2"])
     real.main([*small, "--resamples", "3"])
-    real.main([*small, "--repeats", "1", "--sample", "2", "--ways", "generated", "scanned", "--max-new-tokens", "12"])
+    answers = ["--ways", "generated", "scanned", "--max-new-tokens", "12", "--scan-every", "3"]
+    real.main([*small, "--repeats", "1", "--sample", "2", *answers])
     timed, kept, answered = lines()
     assert set(answered["ratios"]) == {"generated/scanned"}
     assert answered["verdicts"] == {"answers": 2 * 12, "differing": 0}
