@@ -64,9 +64,9 @@ def test_an_answer_may_begin_like_a_refusal(text):
 
 def test_short_wordings_that_taught_nothing_are_read_too():
     texts = tomllib.loads(Path(__file__).with_name("unseen_wordings.toml").read_text("utf-8"))
-    # 23 of 25 and 2 of 25 when they were written; 4 and 0 by the rules before.
-    assert sum(map(refuses, texts["refusals"])) >= 21
-    assert sum(map(refuses, texts["answers"])) <= 4
+    # 165 of 212 and 15 of 194 when they were written.
+    assert sum(map(refuses, texts["refusals"])) >= 160
+    assert sum(map(refuses, texts["answers"])) <= 18
     # In German, French, Spanish, Italian and Portuguese.
     assert [text for text in texts["refusals_elsewhere"] if not refuses(text)] == []
     assert [text for text in texts["answers_elsewhere"] if refuses(text)] == []
