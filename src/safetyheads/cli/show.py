@@ -144,6 +144,8 @@ class RichProgress(Progress):
             while not over.wait(INTERVAL):
                 passed = time.monotonic() - started
                 left = f"about {duration(passed / count * (total - count))} left" if count else "none done yet"
+                # What is decoded is judged, and its surprise measured, before the stage ends.
+                left = left if count < total else "finishing"
                 self.say(f"{name}: {count} of {total}, {left}")
 
         teller = threading.Thread(target=tell, daemon=True)
