@@ -46,3 +46,20 @@ def test_a_sheet_is_written_filled_in_and_read_back(run, refused, folder):
     # They stand in the results and on the page too.
     assert json.loads((folder / "results.json").read_text())["validation"].keys() == found.keys()
     assert "against people’s labels" in (folder / "report/index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("judge", "code", "said"),
+    [
+        ("raising", 1, "the judge raising raised LookupError"),
+        ("never_final", 1, "the judge never_final raised AttributeError"),
+        ("silent", 2, "the judge silent has to give a Verdict for each of 4 answers"),
+        ("nameless", 2, "its describe() has to give plain values by name"),
+    ],
+)
+def test_what_a_judge_of_ones_own_raises_is_told_as_its_own(run, folder, judge, code, said):
+    ended, out, err = run("judge", folder, f"--judge=python:own_judges:{judge}", "--quiet")
+    assert (ended, out, "Traceback" in err) == (code, "", False)
+    line = err.splitlines()[-1]
+    assert said in line
+    assert not any(words in line for words in (str(folder), *scan_samples.TEXTS.values()))

@@ -214,13 +214,15 @@ def test_a_unit_that_fails_in_an_audit_of_a_sweep_goes_back(tmp_path):
         (["--workers", "2"], "--workers, --gpus-per-worker and --judge-workers belong to --ray"),
         (["--ray", "local", "--shard", "1/2"], "--ray and --shard exclude each other"),
         (["--ray", "local", "--workers", "0"], "--workers is at least 1"),
+        (["--ray", "local", "--judge-workers", "2"], "--judge-workers hold judge models, and no --judge is one"),
         (["--ray", "local", "--gpus-per-worker", "1"], "--gpus-per-worker belongs to --device cuda"),
         (["--ray", "local", "--device", "cuda"], "--gpus-per-worker belongs to --device cuda"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_ray_starts(run, tmp_path, options, line):
-    code, _, err = run("scan", "demo:aligned_a", "--prompts", "demo", "--out", tmp_path / "run", *options)
-    assert (code, line in " ".join(err.split())) == (2, True), err
+    for command in ("scan demo:aligned_a", "sweep --model demo:aligned_a"):
+        code, _, err = run(*command.split(), "--prompts", "demo", "--out", tmp_path / "run", *options)
+        assert (code, line in " ".join(err.split())) == (2, True), err
 
 
 # Under Ray, with stand-ins for a model.

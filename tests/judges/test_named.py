@@ -6,6 +6,7 @@ import pytest
 
 from safetyheads.errors import InputError
 from safetyheads.judges.formats import MODEL_JUDGES
+from safetyheads.judges.models import CausalJudge
 from safetyheads.judges.named import JUDGES, default_judge_name, judge_named, judges_named
 
 
@@ -39,6 +40,14 @@ def test_each_name_gives_a_judge_that_describes_itself_in_json(spec, monkeypatch
 def test_an_unknown_judge_none_and_one_given_twice_are_refused(specs):
     with pytest.raises(InputError):
         judges_named(specs)
+
+
+@pytest.mark.parametrize("setting", [{"device": "cuda"}, {"tokens": 9}])
+def test_settings_that_no_judge_has_use_for_are_refused(setting, monkeypatch):
+    with pytest.raises(InputError, match="none is asked"):
+        judges_named(["paper", "phrases"], **setting)
+    monkeypatch.setattr(CausalJudge, "look", lambda _: None)
+    assert len(judges_named(["paper", "qwen3guard"], **setting)) == 2
 
 
 def test_naming_a_judge_of_words_loads_no_torch_and_no_client():

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from safetyheads.errors import InputError
 from safetyheads.judges.base import NOT_CLOSED, Completion, Verdict, verdicts_of
 from safetyheads.judges.keywords import KeywordJudge
 from safetyheads.prompts.asked import AnswerReader, ReadAnswer
@@ -91,7 +92,7 @@ def test_no_judge_is_asked_about_a_block_that_never_closes_and_too_few_verdicts_
     assert verdicts_of(judge, completions) == (refused, NOT_CLOSED, refused)
     judge.assert_called_once_with([completions[0], completions[2]])
     judge.return_value = (refused,)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(InputError, match="a Verdict for each of 2 answers"):
         verdicts_of(judge, completions)
 
 

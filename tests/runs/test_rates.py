@@ -1,9 +1,11 @@
 """Rates of answers that are coherent or lost, from records by hand."""
 
+import sys
+
 import numpy as np
 import pytest
 
-from safetyheads.runs.rates import GroupAnswers, gross_loss
+from safetyheads.runs.rates import GroupAnswers, gross_loss, without_texts
 from safetyheads.stats.intervals import one_sided_bounds
 
 
@@ -45,6 +47,27 @@ def test_a_judge_of_harm_alone_gives_no_rate_of_refusals_and_one_that_tells_them
     assert (rate.rate, change, n) == (None, None, 2)
     rate, change, n = refused(safe="no refusal, no harm", refused="refusal", unscored="error: KeyError")
     assert (rate.count, rate.n, rate.unscored, change, n) == (1, 2, 1, 0.0, 2)
+
+
+def test_records_of_many_groups_are_the_same_and_share_their_memory():
+    shared = {}
+    place = {"set": "harmful", "part": "heads", "epsilon": 0.1, "complete": True, "changed": False, "cluster": 3}
+    rows = [
+        record(number, surprise=number / 7) | place | {"group": f"{layer}-{head}", "text": f"answer {number}"}
+        for layer in range(20)
+        for head in range(10)
+        for number in range(5)
+    ]
+    kept = [without_texts(row, shared) for row in rows]
+    for row, less in zip(rows, kept, strict=True):
+        expected = {name: value for name, value in row.items() if name != "text"}
+        expected["verdicts"] = {"harm": {**row["verdicts"]["harm"], "score": None}}
+        assert dict(less) == expected
+        assert len(less) == len(expected)
+        assert "text" not in less
+    assert len(shared) == 5 + 1  # answers, and verdicts
+    assert len({id(less["verdicts"]) for less in kept}) == 1
+    assert sum(map(sys.getsizeof, kept)) < 100 * len(kept)
 
 
 @pytest.mark.parametrize(("n", "most"), [(25, 0), (42, 1), (58, 2)])

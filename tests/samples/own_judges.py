@@ -27,6 +27,16 @@ class Recording:
         return {"judge": self.name, "name": self.name}
 
 
+def _raising(completions):
+    raise LookupError(completions[0].text)
+
+
+raising = Recording(_raising, False, name="raising")
+never_final = Recording(_raising, name="never_final")
+silent = Recording(lambda completions: [], False, name="silent")
+nameless = Recording(_raising, False, name=" ")
+
+
 def seen_answers(queries, answers):
     """Needs whole answers, and remembers what it was shown."""
     SEEN.extend(answers)

@@ -13,7 +13,7 @@ from safetyheads.answers.surprise import Surprises, answer_key
 from safetyheads.display import Shown
 from safetyheads.errors import InputError
 from safetyheads.heads import AnyHeads, Group, format_heads, parse_heads
-from safetyheads.judges.base import Completion, Judge, Label, Verdict, verdicts_of
+from safetyheads.judges.base import Completion, Judge, Label, Verdict, is_final, verdicts_of
 from safetyheads.judges.named import default_judge_name, judge_named
 from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.model.engine import Engine, ask
@@ -130,7 +130,7 @@ class Judging:
         def stop(token_ids: Sequence[int]) -> bool:
             read = self.asked.reader.read(token_ids)
             certain = read.certain
-            return read.stopped or (certain is not None and all(judge.final(certain) for judge in self._everybody))
+            return read.stopped or (certain is not None and all(is_final(judge, certain) for judge in self._everybody))
 
         return stop
 

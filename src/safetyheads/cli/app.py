@@ -60,6 +60,7 @@ from safetyheads.runs.start import load_engine, refuse_missing, settled, silence
 from safetyheads.runs.stored_files import as_damaged
 
 if TYPE_CHECKING:
+    from safetyheads.judges.base import Judge
     from safetyheads.model.engine import Engine
     from safetyheads.prompts.prompt_set import PromptSet
     from safetyheads.reports.tables import Table
@@ -158,6 +159,7 @@ def sweep(
     Unablated answers are made once for all ablations, and a model is loaded once. Models of 2048 heads and more are
     screened; screen = false in the file scores all.
     """
+    from safetyheads.judges.named import judge_named
     from safetyheads.reports.compare import write_comparison
     from safetyheads.reports.write import write_history, write_report
     from safetyheads.runs.directory import RunDirectory
@@ -170,6 +172,7 @@ def sweep(
     out = options.out or Path("runs") / f"sweep-{content_key(settings)[:6]}"
     _refuse(out, report, settings.get("store_completions", True))
     audits = audits_of(settings, out)
+    options.refuse_idle_judge_workers(judge_named(name) for audit in audits.values() for name in audit.judges)
 
     def load(config: AuditConfig) -> Engine:
         return load_engine(config, progress) if machine is None else machine.engine(config)
@@ -267,10 +270,12 @@ def _run(
     config, out = settled(config, where.out, kind)
     shard, machine = where.parsed_shard, where.parsed_machine
     _refuse(out, report, getattr(config, "store_completions", True))
-    if isinstance(config, JudgeOptions) and config.judges:
-        from safetyheads.judges.named import judges_named
+    judges: tuple[Judge, ...] = ()
+    if isinstance(config, JudgeOptions):
+        from safetyheads.judges.named import WORD_JUDGES, judges_named
 
-        judges_named(config.judges, config.judge_device, config.judge_tokens)
+        judges = judges_named(config.judges or WORD_JUDGES, config.judge_device, config.judge_tokens)
+    where.refuse_idle_judge_workers(judges)
     progress = show.progress_for(output.quiet)
     with progress.track("reading prompts or tasks", 1):
         data = read(config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from safetyheads.model.options import refuse_odd_text
 from safetyheads.runs.shards import Shard
 
 if TYPE_CHECKING:
+    from safetyheads.judges.base import Judge
     from safetyheads.runs.estimate import Machine
 
 # Panel of a help page -> the classes whose fields stand in it; those of other classes stand among the settings.
@@ -114,6 +115,11 @@ class RunOptions(DirectoryOptions):
     def under_ray(self) -> tuple[str, int | None, float, int]:
         """The last arguments of :func:`.ray_workers.carry_out_by_workers` and ``sweep_by_workers``."""
         return self.ray or "", self.workers, self.gpus_per_worker, self.judge_workers
+
+    def refuse_idle_judge_workers(self, judges: Iterable[Judge]) -> None:
+        """Refuse processes for judge models where none is asked."""
+        if self.judge_workers and not any(hasattr(judge, "look") for judge in judges):
+            raise InputError("--judge-workers hold judge models, and no --judge is one")
 
     @property
     def parsed_shard(self) -> Shard:

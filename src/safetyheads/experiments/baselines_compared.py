@@ -283,7 +283,7 @@ def _together(parts: Sequence[GroupAnswers]) -> GroupAnswers:
     for part in parts:
         taken = 1 + max((record.get("cluster", -1) for seeds in rows for record in seeds), default=-1)
         for seeds in part.records:
-            rows.append(tuple(r | {"cluster": r["cluster"] + taken} if "cluster" in r else r for r in seeds))
+            rows.append(tuple({**r, "cluster": r["cluster"] + taken} if "cluster" in r else r for r in seeds))
     return GroupAnswers("", tuple(rows), parts[0].lead)
 
 

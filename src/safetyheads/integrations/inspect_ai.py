@@ -171,7 +171,8 @@ def asr(
     try:
         read = read_set("harmful", prompts, PromptOptions(prompts, column=column))
         names = [judges] if isinstance(judges, str) else judges
-        scorers = [judge(name, judge_device) for name in names]
+        pairs = zip(names, judges_named(names, judge_device), strict=True)
+        scorers = [judge(name, judge_device if hasattr(own, "look") else "cpu") for name, own in pairs]
     except InputError as error:
         raise PrerequisiteError(str(error)) from error
     samples = [

@@ -125,7 +125,7 @@ class Utility(NamedTuple):
     """Task by task, metric by metric, vanilla first: ``task``, ``metric`` (with the name of the filter before it, where
     that is not lm-eval's ``none``), ``variant`` (a label), what :func:`metric_value` gives, and ``difference`` from
     vanilla: what :func:`metric_change` gives and ``p_holm``, adjusted for all comparisons; None for vanilla itself."""
-    records: Mapping[tuple[str, str], list[Record]]
+    records: Mapping[tuple[str, str], Sequence[Record]]
     """(task, variant) -> the records behind it, one a sample after the first."""
     notes: tuple[str, ...] = ()
     """What a reader of the numbers must know."""
@@ -171,11 +171,11 @@ def evaluate_tasks(
     refuse_foreign(engine, tasks)
     progress = progress or Progress()
 
-    def put(task: LoadedTask, variant: Variant) -> list[Record]:
+    def put(task: LoadedTask, variant: Variant) -> Sequence[Record]:
         with progress.track(f"{task.name}, {variant.label} ablated", task.n_requests) as done, variant.at_work():
             return run_task(engine, task, done)
 
-    computes, units = dict[tuple[str, str], Callable[[], list[Record]]](), dict[tuple[str, ...], float]()
+    computes, units = dict[tuple[str, str], Callable[[], Sequence[Record]]](), dict[tuple[str, ...], float]()
     for task in tasks:
         for variant in (Variant(VANILLA, nullcontext, {"heads": ""}), *variants):
             compute, fields = partial(put, task, variant), _fields_of(engine, task, variant) | dict(about or {})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from safetyheads.display import Shown
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, SafetyheadsError
 
 Label = Literal["complied", "refused", "incoherent", "echoed", "safe", "unscored"]
 LABELS: tuple[Label, ...] = get_args(Label)
@@ -117,5 +118,26 @@ NOT_CLOSED = Verdict("incoherent", "think block not closed")
 def verdicts_of(judge: Judge, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
     """One verdict for each completion, in order; the judge is not asked about unclosed ones."""
     closed = [index for index, completion in enumerate(completions) if not completion.unclosed]
-    verdicts = dict(zip(closed, judge([completions[index] for index in closed]), strict=True))
+    with _as_its_own_error(judge):
+        given = tuple(judge([completions[index] for index in closed]))
+    if len(given) != len(closed) or not all(isinstance(verdict, Verdict) for verdict in given):
+        raise InputError(f"the judge {judge.name} has to give a Verdict for each of {len(closed)} answers")
+    verdicts = dict(zip(closed, given, strict=True))
     return tuple(verdicts.get(index, NOT_CLOSED) for index in range(len(completions)))
+
+
+def is_final(judge: Judge, text_so_far: str) -> bool:
+    """Whether the judge's verdict stays for every continuation."""
+    with _as_its_own_error(judge):
+        return judge.final(text_so_far)
+
+
+@contextmanager
+def _as_its_own_error(judge: Judge) -> Iterator[None]:
+    """What a judge of the user's raises within is one line without its words, which may quote an answer."""
+    try:
+        yield
+    except Exception as error:  # a user's judge may raise anything
+        if isinstance(error, SafetyheadsError) or type(judge).__module__.startswith("safetyheads."):
+            raise
+        raise SafetyheadsError(f"the judge {judge.name} raised {type(error).__name__}") from error

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from safetyheads.errors import InputError, first_line
+from safetyheads.files import canonical_json, parse_json
 from safetyheads.judges.base import LABELS, Completion, Judge, Verdict, refuse_threshold
 
 
@@ -133,7 +134,8 @@ def judge_from_path(path: str) -> Judge:
         target = attrgetter(attribute)(module)
     except AttributeError:
         raise InputError(f"judge python:{path}: {module_name} has no {attribute}") from None
-    is_judge = isinstance(target, Judge) and not isinstance(target, type)
+    if is_judge := isinstance(target, Judge) and not isinstance(target, type):
+        _refuse_undescribed(path, target)
     judge = target if is_judge else CallableJudge(target, f"python:{path}")
     named = getattr(target, "func", target)  # a partial is of the function in it
     source = (getattr(named, "__module__", None) or type(named).__module__ or "builtins").partition(".")[0]
@@ -155,6 +157,20 @@ def _announce(path: str, module_name: str) -> None:
     if found is not None:
         where = found.origin or module_name
         warnings.warn(f"judge python:{path} runs the code of {where}", JudgeCodeWarning, stacklevel=4)
+
+
+def _refuse_undescribed(path: str, judge: Judge) -> None:
+    """Refuse a judge that a manifest cannot record."""
+    try:
+        is_described = (
+            bool(judge.name.strip()) and parse_json(canonical_json(judge.describe()), "")["name"] == judge.name
+        )
+    except Exception:  # noqa: BLE001 - a user's judge may raise anything
+        is_described = False
+    if not is_described:
+        raise InputError(
+            f"judge python:{path}: its describe() has to give plain values by name, its own name among them"
+        )
 
 
 def _takes_queries_and_answers(function: Callable[..., Any]) -> bool:

@@ -75,14 +75,20 @@ def judge_named(spec: str, device: str = "cpu", tokens: int | None = None) -> Ju
 def judges_named(specs: Sequence[str], device: str = "cpu", tokens: int | None = None) -> tuple[Judge, ...]:
     """Several judges, in the order given, ready to judge.
 
-    An InputError also where no name is given, or one twice, and where a judge's checkpoint or device is not there.
+    An InputError also where no name is given, or one twice, where a judge's checkpoint or device is not there, and
+    where no judge has use for the device or the tokens.
     """
     if not specs:
         raise InputError("at least one judge is needed")
     judges = tuple(judge_named(spec, device, tokens) for spec in specs)
     if repeated := sorted(name for name, n in Counter(judge.name for judge in judges).items() if n > 1):
         raise InputError(f"each judge can be given once; {', '.join(repeated)} came more often")
-    for judge in judges:
-        if (look := getattr(judge, "look", None)) is not None:
-            look()
+    models = [judge for judge in judges if hasattr(judge, "look")]
+    writes = any(hasattr(judge, "max_new_tokens") or judge.name.startswith("endpoint:") for judge in judges)
+    if (device != "cpu" and not models) or (tokens is not None and not writes):
+        raise InputError(
+            "--judge-device belongs to a judge model, --judge-tokens to a judge that writes; none is asked"
+        )
+    for judge in models:
+        judge.look()
     return judges

@@ -132,15 +132,11 @@ def side_by_side(
     """
     lead = results["lead_judge"]
     judges = [described["name"] for described in results.get("judges") or [{"name": lead}]]
-    by_place: dict[frozenset[str], dict[str, dict[Any, Record]]] = {}
+    by_place: dict[frozenset[str], dict[str, list[Record]]] = {}
     for row in rows:
         if row["set"] in sets:
-            of = by_place.setdefault(heads_of(row), {}).setdefault(row["set"], {})
-            of.setdefault((row["id"], row.get("seed", 0)), row)
-    stored = {
-        heads: {name: [of[name][at] for at in sorted(of[name])] for name in sets if name in of}
-        for heads, of in by_place.items()
-    }
+            by_place.setdefault(heads_of(row), {}).setdefault(row["set"], []).append(row)
+    stored = {heads: {name: _in_order(of[name]) for name in sets if name in of} for heads, of in by_place.items()}
     named = {",".join(heads): stored[frozenset(heads)] for heads in groups if frozenset(heads) in stored}
     unablated, group = stored.get(frozenset(), {}), ",".join(chosen)
     texts_of = () if not show_texts else ("", *named) if texts_of is None else texts_of
@@ -154,6 +150,12 @@ def side_by_side(
         found["by_category"] = by_category(before, harmful[group], lead)
         found["by_prompt"] = by_prompt(before, harmful, group, lead, show_texts)
     return found
+
+
+def _in_order(rows: Sequence[Record]) -> list[Record]:
+    """By prompt and seed; the first one where a group was answered in two parts."""
+    by_place = {(row["id"], row.get("seed", 0)): row for row in reversed(rows)}
+    return [by_place[at] for at in sorted(by_place)]
 
 
 def by_category(unablated: Sequence[Record], ablated: Sequence[Record], judge: str) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from safetyheads.reports.charts import Spec
 from safetyheads.reports.page import Page, command_of, render, under_headings
 from safetyheads.reports.tables import number, rate_words, two
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.rates import AnswerTable, answer_table, with_later_verdicts
+from safetyheads.runs.rates import AnswerTable, answer_table, with_later_verdicts, without_texts
 from safetyheads.runs.stored_files import Record
 from safetyheads.stats.power import in_clusters
 
@@ -66,7 +66,9 @@ def scan_page(run: RunDirectory, show_completions: bool) -> Page:
 
 def render_scan(results: Results, manifest: Mapping[str, Any], rows: Sequence[Record], show_texts: bool) -> Page:
     """The page of every judged answer, with texts where those are to be shown; equal arguments give equal text."""
-    table, differ = answer_table(rows, results["lead_judge"]), differing(results)
+    differ, strongest = differing(results), _strongest(results)
+    of_interest = {"", *[head["head"] for head in (strongest,) if head]}
+    table = answer_table((row for row in rows if row["group"] in of_interest), results["lead_judge"])
     benign = results["vanilla"].get("benign")
     judges = [judge["name"] for judge in results["judges"]]
     figures, columns = _figures(results), head_columns(results)
@@ -119,15 +121,16 @@ def render_scan(results: Results, manifest: Mapping[str, Any], rows: Sequence[Re
 
 def judged_rows(
     run: RunDirectory, judges: Collection[str], with_texts_of: frozenset[str] = frozenset()
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Record]:
     """The judged answers of a scan, with the verdicts of later ``judges`` beside those of its own.
 
     Only answers under the heads of ``with_texts_of`` keep their texts; those of the others would fill the memory.
     """
-    records = (record for record in run.stored_records() if "verdicts" in record)
+    records, shared = (record for record in run.stored_records() if "verdicts" in record), dict[tuple[Any, ...], Any]()
     for record in with_later_verdicts(run, records, judges):
-        left_out = {"token_ids", "thought"} | (set() if record["group"] in with_texts_of else {"query", "text"})
-        yield {name: value for name, value in record.items() if name not in left_out}
+        kept, is_shown = without_texts(record, shared), record["group"] in with_texts_of
+        texts = {name: record[name] for name in ("query", "text") if is_shown and name in record}
+        yield {**kept, **texts} if texts else kept
 
 
 def headline(results: Results) -> str:

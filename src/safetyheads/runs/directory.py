@@ -122,6 +122,7 @@ class RunDirectory:
         """Number of entries and checksum by place: files of finished stages, and those that this process read or wrote.
         """
         self._results: dict[str, Any] | None = None
+        self._earlier: tuple[tuple[int, int], dict[str, Any]] = (0, 0), {}
         self._known: dict[str, Any] = {}
         """What is remembered, and was read."""
         self._known_places: set[str] = set()
@@ -264,8 +265,8 @@ class RunDirectory:
         self,
         stage: str,
         fields: Mapping[str, Any],
-        compute: Callable[[], list[Record]],
-        mend: Callable[[list[Record]], list[Record]] | None = None,
+        compute: Callable[[], Sequence[Record]],
+        mend: Callable[[list[Record]], Sequence[Record]] | None = None,
     ) -> list[Record]:
         """The records that ``fields`` determine, as :meth:`tensors`; one line of JSON each.
 
@@ -525,9 +526,15 @@ class RunDirectory:
         return results
 
     def earlier_results(self) -> dict[str, Any]:
-        """What an earlier start of the run wrote, and whatever was added to it; nothing where none can be read."""
-        with suppress(InputError):
-            return self.read_results()
+        """What an earlier start of the run wrote, and whatever was added to it; nothing where none can be read.
+
+        A large file that nobody has written again since the last call is not read again.
+        """
+        with suppress(InputError, OSError):
+            about = (self.path / "results.json").stat()
+            if self._earlier[0] != (about.st_ino, about.st_mtime_ns):
+                self._earlier = (about.st_ino, about.st_mtime_ns), self.read_results()
+            return self._earlier[1]
         return {}
 
     @contextmanager

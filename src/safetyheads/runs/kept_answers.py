@@ -24,14 +24,13 @@ from safetyheads.answers.decoding import Answer, Decoding, Request, answer, rows
 from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts, drafts_fit, drafts_of, unablated_answers
 from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.answers.surprise import AnswerKey, Surprises, answer_key, row_tokens
-from safetyheads.files import canonical_json
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.base import Judge, Verdict
 from safetyheads.model.planning import Plan
 from safetyheads.prompts.prompt_set import Prompt
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory, records_place
-from safetyheads.runs.rates import GroupAnswers
+from safetyheads.runs.rates import GroupAnswers, without_texts
 from safetyheads.runs.shards import Units
 from safetyheads.runs.stored_files import Record, content_key
 
@@ -49,13 +48,6 @@ _MOST_PARTS, _LEAST_PROMPTS = 16, 16
 # Drafts pay from about so many groups on: preparing them costs as much as decoding two or three groups plainly, and of
 # groups that change few answers they save half (bench/LOG.md, 2026-11-29).
 _LEAST_DRAFTED = 8
-
-
-# What rates are made of, verdicts aside.
-_OF_RATES = (
-    *("id", "set", "part", "group", "epsilon", "seed", "complete", "changed"),
-    *("behaviour", "answered", "surprise", "cluster"),
-)
 
 
 # What answers and records have alike; and what a record has only where it is told.
@@ -138,18 +130,6 @@ def judged_answer(record: Record, lead: str, prompt: Prompt | None = None) -> Ju
     )
 
 
-def without_texts(record: Record, verdicts: dict[str, dict[str, Any]]) -> Record:
-    """A record with all that rates are made of; equal verdicts are held once, in ``verdicts``."""
-    given = {
-        name: {"label": verdict["label"], "reason": verdict["reason"], "score": verdict.get("score")}
-        for name, verdict in record["verdicts"].items()
-    }
-    kept = {name: record[name] for name in _OF_RATES if name in record}
-    for name in ("set", "part", "group", "behaviour"):
-        kept[name] = sys.intern(kept[name])
-    return kept | {"verdicts": verdicts.setdefault(canonical_json(given), given)}
-
-
 def groups_together(groups: Sequence[Group], n_prompts: int) -> list[Sequence[Group]]:
     """Groups in the chunks that are answered and stored together."""
     most, chunks, at = max(1, _RECORDS_TOGETHER // n_prompts), [], 0
@@ -196,7 +176,7 @@ class KeptAnswers:
         self.holds_texts = holds_texts
         self.failures: defaultdict[str, Counter[str]] = defaultdict(Counter)
         """By judge: answers by the passing reason why it gave no verdict; ``""`` counts all others."""
-        self._shared: dict[str, dict[str, Any]] = {}
+        self._shared: dict[tuple[Any, ...], Any] = {}
         self.name, self.judging, self.decoding = name, judging, decoding
         self.directory, self.progress, self.stores_completions = directory, progress, stores_completions
         self.about = about or {}
@@ -468,7 +448,7 @@ class KeptAnswers:
     def _kept(self, stage: str, fields: Mapping[str, Any], compute: Callable[[], list[dict[str, Any]]]) -> list[Record]:
         """Stored or computed records; of stored ones, what a judge failed on for a passing reason is judged again."""
 
-        def mend(records: list[Record]) -> list[Record]:
+        def mend(records: list[Record]) -> Sequence[Record]:
             failed = [record for record in records if _has_failed(record)]
             if not failed or not self.stores_completions:
                 return compute() if failed else records

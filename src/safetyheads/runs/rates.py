@@ -6,9 +6,11 @@ prompts, each answered once a seed, so comparisons are paired.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -45,6 +47,49 @@ RATES: dict[str, Label] = {
     "safe": "safe",
 }
 """Name of each rate in results -> the label that it counts."""
+
+
+# What rates and pages are made of, group and verdicts aside.
+_OF_RATES = (
+    *("id", "set", "part", "epsilon", "seed", "complete", "changed"),
+    *("behaviour", "answered", "surprise", "cluster", "category"),
+)
+_OF_VERDICTS = ("label", "reason", "score")
+
+
+class SharedRecord(Mapping[str, Any]):
+    """A record without texts: its group, and what it shares with the records of other groups.
+
+    Most ablations change few answers, so what a group adds to the memory is small, however long its answers are.
+    """
+
+    __slots__ = ("_group", "_shared")
+
+    def __init__(self, group: str, shared: Record) -> None:
+        self._group, self._shared = sys.intern(group), shared
+
+    def __getitem__(self, name: str) -> Any:
+        """A field of the record."""
+        return self._group if name == "group" else self._shared[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the fields."""
+        return chain(("group",), self._shared)
+
+    def __len__(self) -> int:
+        """Number of fields."""
+        return 1 + len(self._shared)
+
+
+def without_texts(record: Record, shared: dict[tuple[Any, ...], Any]) -> Record:
+    """A record with all that rates and pages are made of; ``shared`` holds what several have alike."""
+    given = tuple((name, *map(verdict.get, _OF_VERDICTS)) for name, verdict in record["verdicts"].items())
+    alike = (*map(record.get, _OF_RATES), given)
+    if given not in shared:
+        shared[given] = {name: dict(zip(_OF_VERDICTS, told, strict=True)) for name, *told in given}
+    if alike not in shared:
+        shared[alike] = {name: record[name] for name in _OF_RATES if name in record} | {"verdicts": shared[given]}
+    return SharedRecord(record["group"], shared[alike])
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,9 +407,11 @@ def with_later_verdicts(run: RunDirectory, records: Iterable[Record], judges: Co
 
     A judge whose start was killed before its results were written is none of the run's ``judges``.
     """
-    later: dict[str, dict[str, Any]] = {}
+    later, shared = dict[str, dict[str, Any]](), dict[tuple[Any, ...], Any]()
     for record in run.stored_records("judged-*"):
         if record["judge"] in judges:
-            later.setdefault(record["of"], {})[record["judge"]] = record["verdict"]
+            told = tuple(map(record["verdict"].get, _OF_VERDICTS))
+            verdict = shared.setdefault(told, dict(zip(_OF_VERDICTS, told, strict=True)))
+            later.setdefault(record["of"], {})[record["judge"]] = verdict
     for record in records:
         yield {**record, "verdicts": {**record["verdicts"], **later.get(identity(record), {})}}

@@ -13,7 +13,7 @@ from safetyheads.display import Table, chart, rate_row
 from safetyheads.errors import InputError
 from safetyheads.files import leaves
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
-from safetyheads.runs.rates import GroupAnswers
+from safetyheads.runs.rates import GroupAnswers, without_texts
 from safetyheads.runs.stored_files import DamagedError, Record, as_damaged, converted
 from safetyheads.stats.gain_over_random import SizeOutcome
 from safetyheads.stats.intervals import FloatArray
@@ -50,7 +50,6 @@ ASR_ALONE = "asr_alone"
 """Name of a scan's own table: the ASR with each head ablated alone."""
 
 _LONGEST_NAME = 250  # of a metric, in MLflow
-_TEXTS = ("query", "text", "token_ids", "thought")  # which would fill the memory
 _VANILLA = {"audit": "behaviour.vanilla.", "scan": "vanilla.harmful."}
 _KEPT = {"audit": "behaviour.vanilla.benign_answered", "scan": "vanilla.benign.answered"}
 OUTCOMES: dict[str, Callable[[GroupAnswers], FloatArray]] = {
@@ -276,12 +275,11 @@ class RunReader(FinishedRun):
     @cached_property
     def stored_answers(self) -> dict[tuple[str, frozenset[str]], GroupAnswers]:
         """By prompts (``harmful`` or ``benign``) and group."""
-        stored: dict[tuple[str, frozenset[str]], list[Record]] = {}
+        stored, shared = dict[tuple[str, frozenset[str]], list[Record]](), dict[tuple[Any, ...], Any]()
         for record in self.directory.stored_records(_STAGES[self.kind]):
             if "verdicts" in record:  # else no answer, such as teacher-forced tokens
-                kept = {name: value for name, value in record.items() if name not in _TEXTS}
                 key = record["set"].removesuffix("_test"), frozenset(filter(None, record["group"].split(",")))
-                stored.setdefault(key, []).append(kept)
+                stored.setdefault(key, []).append(without_texts(record, shared))
         lead = self.results["lead_judge"]
         return {key: GroupAnswers.of(of[0]["group"], of, lead, self.limit) for key, of in stored.items()}
 

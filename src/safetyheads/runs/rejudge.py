@@ -25,13 +25,12 @@ from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.files import as_input_error, canonical_json, read_whole
 from safetyheads.heads import format_heads
 from safetyheads.judges.agreement import agreement
-from safetyheads.judges.base import LABELS, Completion, Judge, Label, Verdict, verdicts_of
+from safetyheads.judges.base import LABELS, Completion, Judge, Label, Verdict, is_final, verdicts_of
 from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import results_of_records
-from safetyheads.runs.kept_answers import without_texts
-from safetyheads.runs.rates import answer_table, identity, with_later_verdicts
+from safetyheads.runs.rates import answer_table, identity, with_later_verdicts, without_texts
 from safetyheads.runs.run import random_groups_of
 from safetyheads.runs.stored_files import Record, content_key
 from safetyheads.stats.misclassified import Accuracy, accuracy_of, prediction_powered, rogan_gladen
@@ -127,12 +126,12 @@ def _answers(run: RunDirectory, judge: Judge) -> tuple[list[Record], list[str | 
 
     None stands for one that was cut too early for this judge. A run without texts has no answers.
     """
-    records, keys, shared = list[Record](), list[str | None](), dict[str, dict[str, Any]]()
+    records, keys, shared = list[Record](), list[str | None](), dict[tuple[Any, ...], Any]()
     for record in run.stored_records():
         if "verdicts" in record and "text" in record:
             # An answer that never came differs from an empty one.
             facts = [record["query"], record["text"], record["finished"], *["unclosed"] * record.get("unclosed", False)]
-            keys.append(_sha256(facts) if record["complete"] or judge.final(record["text"]) else None)
+            keys.append(_sha256(facts) if record["complete"] or is_final(judge, record["text"]) else None)
             records.append(without_texts(record, shared))
     return records, keys
 

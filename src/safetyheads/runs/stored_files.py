@@ -21,7 +21,7 @@ from safetyheads.files import canonical_json, parse_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-Record: TypeAlias = dict[str, Any]
+Record: TypeAlias = Mapping[str, Any]
 """A stored line of JSON."""
 Fits = TypeVar("Fits")
 
