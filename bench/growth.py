@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,8 @@ def sweep(name: str, sizes: Sequence[int], device: str, repeats: int, scale: int
 
 PROMPTS = (250, 500, 1000, 2000)
 """Harmful ones, and as many benign, of which memory must not depend."""
-MODEL, ANSWERED, HISTORY, STORED = (160, 32), 500, 500, 20_000
-"""Layers and heads of the pages' model; prompts of its scan; runs of a history; files that a resumed run holds."""
+MODELS, HISTORY, STORED = (((32, 32), 600), ((160, 32), 500)), 500, 20_000
+"""Layers and heads of the pages' models, with their prompts; runs of a history; files that a resumed run holds."""
 WHOLE = "--n-random 3 --size 2 --anyway --max-new-tokens 40 --threads 1 --quiet"
 LARGE_COMMANDS = {"audit": f"audit {{}} {WHOLE}", "scan": "scan {} --threads 1 --quiet", "judge": "judge OUT --quiet"}
 """Commands whose memory is measured; the last judges the scan again."""
@@ -127,6 +128,16 @@ class Elapsed:
         return {"seconds": time.monotonic() - self._clock, "cpu_seconds": time.process_time() - self._process}
 
 
+def measured(*words: str | Path) -> dict[str, float]:
+    """What a command, a process of its own, took: exit status, largest memory, seconds."""
+    started, silent = Elapsed(), [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+    command = [sys.executable, "-m", "safetyheads", *map(str, words)]
+    pid = os.posix_spawn(sys.executable, command, os.environ, file_actions=silent)
+    _, status, used = os.wait4(pid, 0)
+    took = {"seconds": started()["seconds"], "cpu_seconds": used.ru_utime + used.ru_stime}
+    return {"status": status, "peak_mb": used.ru_maxrss / 1024, **took}
+
+
 def command_memory(folder: Path) -> Iterator[dict[str, Any]]:
     """Largest memory of whole commands on the organism, each a process of its own."""
     from safetyheads.demo import benign_prompts, harmful_prompts
@@ -139,45 +150,33 @@ def command_memory(folder: Path) -> Iterator[dict[str, Any]]:
         for name, command in LARGE_COMMANDS.items():
             out = folder / f"{'scan' if name == 'judge' else name}-{n}"
             words = command.format(f"demo:aligned_a {' '.join(given)} --out {out}").replace("OUT", str(out)).split()
-            started = Elapsed()
-            silent = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
-            words = [sys.executable, "-m", "safetyheads", *words]
-            pid = os.posix_spawn(sys.executable, words, os.environ, file_actions=silent)
-            _, status, used = os.wait4(pid, 0)
-            found = {"command": name, "prompts": n, "status": status, "peak_mb": used.ru_maxrss / 1024}
-            yield {**found, "seconds": started()["seconds"], "cpu_seconds": used.ru_utime + used.ru_stime}
+            yield {"command": name, "prompts": n, **measured(*words)}
 
 
 def large_pages(folder: Path) -> Iterator[dict[str, Any]]:
-    """Bytes of the pages of a large model, and seconds until headless Chromium has drawn them."""
+    """What the pages of large models take to write, their bytes, and seconds until headless Chromium has drawn them."""
     import audit_samples
     import scan_samples
     from playwright.sync_api import sync_playwright
 
-    from safetyheads.reports.write import write_report
-
-    n_layers, n_heads = MODEL
-    scan_samples.N_LAYERS, scan_samples.N_HEADS = MODEL
-    scan_samples.HEADS = [f"{layer}-{index}" for layer in range(n_layers) for index in range(n_heads)]
-    sample = scan_samples.Sample(n=ANSWERED, benign=False, optional=False, n_judges=1)
-    runs = {
-        "audit": lambda: audit_samples.finished_run(folder / "audit", audit_samples.audit(*MODEL, n=ANSWERED)),
-        "scan": lambda: scan_samples.finished_run(folder / "scan", sample),
-    }
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
-    for name, make in runs.items():
-        run = make()
-        started = Elapsed()
-        page = write_report(run, show_completions=True)
-        written = started()
+    for (shape, n), kind in product(MODELS, ("audit", "scan")):
+        path, (n_layers, n_heads) = folder / f"{kind}-{n}", shape
+        if kind == "audit":
+            audit_samples.finished_run(path, audit_samples.audit(*shape, n=n))
+        else:
+            scan_samples.N_LAYERS, scan_samples.N_HEADS = shape
+            scan_samples.HEADS = [f"{layer}-{index}" for layer in range(n_layers) for index in range(n_heads)]
+            scan_samples.finished_run(path, scan_samples.Sample(n=n, benign=False, optional=False, n_judges=1))
+        written, page = measured("report", path, "--show-completions"), path / "report/index.html"
         with sync_playwright() as driver:
             shown = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
             started = Elapsed()
             shown.goto(page.as_uri())
             shown.wait_for_selector("html[data-drawn]", timeout=120_000)
-            opened = started()
-        found = {"page": name, "heads": n_layers * n_heads, "prompts": ANSWERED, "bytes": page.stat().st_size}
-        yield {**found, "written": written, "opened": opened}
+            opened = started()["seconds"]
+        found = {"page": kind, "heads": n_layers * n_heads, "prompts": n, "bytes": page.stat().st_size}
+        yield {**found, "written": written, "opened_seconds": opened}
 
 
 def many_runs(folder: Path) -> Iterator[dict[str, Any]]:

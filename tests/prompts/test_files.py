@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetyheads.errors import InputError
-from safetyheads.prompts.files import KNOWN_BENCHMARKS, QUERY_COLUMNS, Benchmark, cache_directory, read_rows
+from safetyheads.prompts.files import KNOWN_BENCHMARKS, QUERY_COLUMNS, Benchmark, Columns, cache_directory, read_rows
 from safetyheads.prompts.prompt_set import Prompt, PromptSet
 
 SHARED_DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -89,6 +89,13 @@ def test_files_are_read_in_every_format(tmp_path, name, content, prompts, droppe
         ("a.jsonl", b'{"prompt": "see", "images": [{"path": "a.PNG"}]}\n', "line 1: .*'images' names a picture", None),
         ("a.jsonl", b'{"prompt": "see", "image": {"bytes": "iVBO", "path": null}}\n', "'image' names a picture", None),
         ("a.jsonl", b'{"question": "who", "context": ["A", "B"]}\n', "the field 'context' is not a string", None),
+        (
+            "a.csv",
+            ",".join(["long" * 1000, *map(str, range(50_000))]).encode() + b"\n1\n",
+            "found are .{60,99} and 49993",
+            None,
+        ),
+        ("a.csv", b"messages,id\n\"[{'role': 'user', 'content': 'a'}]\",1\n", "holds a conversation as text", None),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "a pointer of Git LFS", None),
         ("a.txt", b"<?xml version='1.0'?>\n<Error>AccessDenied</Error>\n", "an error of a server", None),
         ("a.txt", b'{"prompt": "a"}\n\n{"prompt": "b"}\n', "lines of JSON; such a file ends in .jsonl", None),
@@ -116,6 +123,14 @@ def test_a_bad_file_is_one_line(tmp_path, name, content, message, column):
     with pytest.raises(InputError, match=message) as error:
         PromptSet.read(path, column=column)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["context", "category", "reference"])
+def test_a_column_has_one_use(tmp_path, part):
+    path = write(tmp_path / "a.csv", "prompt,category\na,b\n")
+    assert read_rows(path, Columns("category")).rows == [("b", None, None, ())]
+    with pytest.raises(InputError, match="the column 'prompt' is named for two uses"):
+        read_rows(path, Columns("prompt", **{part: "prompt"}))
 
 
 @pytest.mark.parametrize("name", ["pipe.csv", "endless.csv", "here.csv", "loop.csv", "large.csv", "no\0path"])

@@ -201,7 +201,7 @@ def test_earlier_results_are_read_again_only_where_they_were_written_again(run, 
     run.write_results({"n": 1})
     first = run.earlier_results()
     assert run.earlier_results() is first
-    with RunDirectory.start(run.path, run.manifest.config, {}, "another part") as other:
+    with RunDirectory.start(run.path, run.manifest.config, {}, "judge") as other:
         other.write_results({"n": 2})
     assert (first["n"], run.earlier_results()["n"]) == (1, 2)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from functools import partial
+from itertools import combinations, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from safetyheads.measures.scorers import SCORE_LABELS
 from safetyheads.runs.config import ScanConfig
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import results_of_records
+from safetyheads.runs.rates import without_texts
 from safetyheads.runs.run import CAVEATS, DEMO_CAVEAT
+from safetyheads.runs.stored_files import Record
 from safetyheads.stats.intervals import mean_with_interval
 
 N_LAYERS, N_HEADS = 2, 4
@@ -61,14 +64,14 @@ class Sample:
 
 def rows(sample: Sample) -> list[dict[str, Any]]:
     """Every answer of the scan, as it is stored."""
-    return [
-        _row(sample, {"id": at, "set": name, "part": part, "group": group, "epsilon": epsilon, "seed": seed})
-        for part, sets, groups, epsilon in _parts(sample)
-        for name in sets
-        for group in groups
-        for at in range(sample.n)
-        for seed in range(sample.n_seeds)
-    ]
+    return list(_rows(sample))
+
+
+def _rows(sample: Sample) -> Iterator[dict[str, Any]]:
+    for part, sets, groups, epsilon in _parts(sample):
+        for name, group, at, seed in product(sets, groups, range(sample.n), range(sample.n_seeds)):
+            place = {"id": at, "set": name, "part": part, "group": group, "epsilon": epsilon, "seed": seed}
+            yield _row(sample, place)
 
 
 def _parts(sample: Sample) -> Iterator[tuple[str, tuple[str, ...], list[str], float | None]]:
@@ -165,7 +168,7 @@ def about(sample: Sample) -> dict[str, Any]:
     }
 
 
-def scan(sample: Sample, made: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
+def scan(sample: Sample, made: Sequence[Record] | None = None) -> dict[str, Any]:
     """The results of the sample's scan."""
     judges, described = JUDGES[: sample.n_judges], about(sample)
     return described | results_of_records(made or rows(sample), described, judges, random_of(sample))
@@ -178,12 +181,15 @@ def finished_run(path: Path, sample: Sample) -> RunDirectory:
     with RunDirectory.start(path, config, provenance) as run:
         run.remember("tolerance_harmful_1e-05_0", 1e-4)
         run.records("drafts-harmful", {"set": "harmful"}, lambda: [{"token_ids": [7], "margins": [1.0]}])
-        run.records("heads-harmful", {"all": True}, lambda: rows(sample))
+        made, kept, shared = _rows(sample), list[Record](), dict[tuple[Any, ...], Any]()
+        while chunk := list(islice(made, 2048)):  # as a run does: a large one does not fit the memory
+            stored = run.records("heads-harmful", {"from": len(kept)}, partial(list, chunk))
+            kept += [without_texts(record, shared) for record in stored]
         random = [
             {"group": group, **asdict(controls), "groups": [format_heads(one) for one in controls.groups]}
             for group, controls in random_of(sample).items()
         ]
         run.records("random-groups", {}, lambda: random)
-        run.write_results(scan(sample))
+        run.write_results(scan(sample, kept))
         run.add_timings({"seconds": 12.5, "judges": {"paper": 0.25, "phrases": 0.5}, "finished": "2025-01-02"})
     return RunDirectory.open(path)

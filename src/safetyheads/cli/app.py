@@ -35,6 +35,7 @@ from safetyheads.cli.options import (
     RunOptions,
     SweepOptions,
     options_from_dataclasses,
+    refuse_rounding,
     settings_file,
 )
 from safetyheads.cli.terminal import escaped_streams
@@ -78,7 +79,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.register_install_completion_command(name="--install-completion")
-app.config = (settings_file,)
+app.config = (settings_file, refuse_rounding)
 _DEMO_FIXED = ("model", "prompts", "benign", "column", "adapter", "allow_pickle", "trust_remote_code")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -130,7 +131,7 @@ class RunOptions(DirectoryOptions):
             raise InputError("--workers, --gpus-per-worker and --judge-workers belong to --ray")
         if self.ray is not None and self.shard is not None:
             raise InputError("--ray and --shard exclude each other")
-        if (self.workers is not None and self.workers < 1) or min(self.gpus_per_worker, self.judge_workers) < 0:
+        if (self.workers is not None and self.workers < 1) or not (self.gpus_per_worker >= 0 <= self.judge_workers):
             raise InputError("--workers is at least 1, and --gpus-per-worker and --judge-workers not below 0")
         return Shard.parse(self.shard, self.wait)
 
@@ -141,6 +142,14 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
     if named and commands != ("reproduce",):
         path = Path(named[0].tokens[0].value)
         Dict({commands[0]: read_toml(path)}, source=str(path))(app, commands, arguments)
+
+
+def refuse_rounding(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse a number for which another one would be taken, the next whole one."""
+    for argument in arguments:
+        for token in argument.tokens if int in (argument.hint, *get_args(argument.hint)) else ():
+            if re.fullmatch(r"[+-]?\d*\.\d*", token.value):
+                raise InputError(f"{argument.name} is a whole number; got {token.value}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
-from safetyheads.errors import InputError, first_line
+from safetyheads.errors import InputError, first_line, shorten
 from safetyheads.files import leaves, read_toml, read_whole
 
 QUERY_COLUMNS = ("messages", "prompt", "goal", "query", "question", "instruction", "behavior", "text")
@@ -38,6 +39,7 @@ _NO_FILE = {
     **dict.fromkeys(("<!doctype html", "<html", "<?xml"), "a web page or an error of a server"),
 }
 _NUMBER_OR_ID = re.compile(r"[\x21-\x7e]*\d[\x21-\x7e]*")  # without a blank, and with a digit
+_CONVERSATION = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from)["']\s*:""")
 _COLUMN_NAME = re.compile(r"[^\s,;.?!]+( [^\s,;.?!]+)?")
 _NAMES_SHOWN = 8
 
@@ -169,8 +171,10 @@ def read_rows(path: Path, wanted: Columns = Columns(), only: Mapping[str, Sequen
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Names of columns in one line: a file may give them line breaks."""
-    return ", ".join(" ".join(name.split()) or "(no name)" for name in names)
+    """Names of columns in one line: a file may give them line breaks, and thousands of long ones."""
+    shown = [shorten(" ".join(name.split()) or "(no name)", 60) for name in names]
+    more = f" and {len(shown) - _NAMES_SHOWN} more" if len(shown) > _NAMES_SHOWN else ""
+    return ", ".join(shown[:_NAMES_SHOWN]) + more
 
 
 def _columns(names: Sequence[str], wanted: Columns, path: str) -> dict[str, str]:
@@ -203,16 +207,22 @@ def _columns(names: Sequence[str], wanted: Columns, path: str) -> dict[str, str]
     if len(contexts) > 1:
         raise InputError(f"{path}: several columns could be the context of the prompts: {_listed(contexts)}; name it")
     found |= {"context": contexts[0]} if contexts else {}
-    if wanted.category is not None or "category" in by_key:
+    if wanted.category is not None or by_key.get("category", found["query"]) != found["query"]:
         found["category"] = named("category" if wanted.category is None else wanted.category)
-    return found | ({} if wanted.reference is None else {"reference": named(wanted.reference)})
+    found |= {} if wanted.reference is None else {"reference": named(wanted.reference)}
+    if twice := [name for name, count in Counter(found.values()).items() if count > 1]:
+        raise InputError(f"{path}: the column {twice[0]!r} is named for two uses; each needs one of its own")
+    return found
 
 
 def _query(cells: Mapping[str, Any], name: str, where: str, first_turn: bool) -> tuple[str, Turns]:
     """The query of a row, and the turns before it; with ``first_turn``, the first of a list of the user's turns."""
     value = cells.get(name)
     if not isinstance(value, list) or not value:
-        return _text(cells, name, where), ()
+        text = _text(cells, name, where)
+        if _CONVERSATION.match(text):
+            raise InputError(f"{where}: {name!r} holds a conversation as text, and has to be a list of messages")
+        return text, ()
     if first_turn and all(isinstance(turn, str) for turn in value):
         return value[0], ()
     return last_turn(value, where)
@@ -267,13 +277,12 @@ def _note(
     said += "".join(f", {what} {columns[part]!r}" for part, what in more.items() if part in columns)
     unread = [name for name in names if name and name not in columns.values()]
     if unread:
-        hidden = len(unread) - _NAMES_SHOWN
-        said += f"; not read: {_listed(unread[:_NAMES_SHOWN])}" + f" and {hidden} more" * (hidden > 0)
+        said += f"; not read: {_listed(unread)}"
     first: dict[str, Mapping[str, Any]] = {}
     for (query, *_), row in zip(rows, cells, strict=True):
         if differing := [name for name in unread if first.setdefault(query, row).get(name) != row.get(name)]:
             said += (
-                f". Rows with the same prompt differ in {_listed(differing[:_NAMES_SHOWN])}: if one of these belongs "
+                f". Rows with the same prompt differ in {_listed(differing)}: if one of these belongs "
                 "to the prompt, give it by --context-column"
             )
             break
@@ -290,7 +299,7 @@ def _read_csv(text: str, path: str, delimiter: str = ",") -> Iterator[Cells]:
     longest = csv.field_size_limit(len(text) + 1)
     try:
         names = next(([cell.strip() for cell in cells] for cells in reader if any(cell.strip() for cell in cells)), [])
-        if repeated := [name for name in names if name and names.count(name) > 1]:
+        if repeated := [name for name, count in Counter(filter(None, names)).items() if count > 1]:
             raise InputError(f"{path}: two columns are named {repeated[0]!r}")
         if len(names) == 1 and re.search("[;|\t]", names[0]):
             raise InputError(

@@ -34,7 +34,7 @@ class Shard:
         """
         if count < 1 or not 0 <= index <= count:
             raise InputError(f"a shard is I/N with I from 1 to N, or 0/N to plan alone; got {index}/{count}")
-        if wait < 0:
+        if not wait >= 0:
             raise InputError(f"--wait is a number of seconds; got {wait:g}")
         self.index, self.count, self.wait = index, count, wait
         self.alone = count == 1
