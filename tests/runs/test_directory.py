@@ -266,6 +266,57 @@ def test_a_failing_disk_is_one_line_and_leaves_no_partial_file(run, tmp_path, mo
     assert not (tmp_path / "new").exists()
 
 
+def forged(run, places):
+    """Seals a list of a finished stage in a stranger's run directory."""
+    run._write_json("stages/asr.json", {"stage": "asr", "files": [[place, 1, "ab"] for place in places]})
+
+
+@pytest.mark.parametrize("place", ["completions/../../mine", "{mine}", "../mine", "mine"])
+def test_no_list_of_files_reaches_out_of_a_strangers_run(tmp_path, place, caplog):
+    (mine := tmp_path / "mine").write_text("mine")
+    with started(tmp_path / "run") as run:
+        forged(run, [place.format(mine=mine)])
+    with started(tmp_path / "run") as run:
+        assert list(run.stored_records()) == []
+        for outside in ("../mine", str(mine)):
+            with pytest.raises(InputError, match="leads out of the run directory"):
+                run._set_aside(outside, InputError("damaged"))
+    assert mine.read_text() == "mine"
+    assert "no stored part of a run" in caplog.text
+
+
+@pytest.mark.parametrize("folder", ["completions", "set-aside"])
+def test_nothing_is_moved_or_written_through_a_link(tmp_path, folder):
+    with started(tmp_path / "run") as run:
+        run.records("asr", FIELDS, lambda: [{"n": 1}])
+    (outside := tmp_path / "outside").mkdir()
+    if folder == "completions":
+        shutil.move(tmp_path / "run" / folder, outside)
+        (file,) = (outside / folder).iterdir()
+        (tmp_path / "run" / folder).symlink_to(outside / folder)
+        with started(tmp_path / "run") as run, pytest.raises(InputError, match="is a symbolic link"):
+            run.records("asr", FIELDS, refuse)
+        assert file.exists()
+    else:
+        (tmp_path / "run" / folder).symlink_to(outside)
+        manifest = tmp_path / "run" / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"config": {}}))
+        with pytest.raises(InputError, match="is a symbolic link"):
+            started(tmp_path / "run")
+        assert list(outside.iterdir()) == []
+
+
+def test_a_damaged_run_lends_nothing_and_stops_no_other(run, tmp_path, caplog):
+    for name, written in (("broken", "{"), ("old", '{"schema_version": 1}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(written)
+    with started(tmp_path / "other") as other:
+        other.records("asr", FIELDS, lambda: [{"n": 1}])
+    run.borrow([tmp_path / "broken", tmp_path / "old", tmp_path / "other"])
+    assert run.records("asr", FIELDS, refuse) == [{"n": 1}]
+    assert caplog.text.count("Nothing is read from it") == 2
+
+
 def test_a_kill_while_writing_leaves_the_old_file_whole(tmp_path):
     with started(tmp_path / "run", {}) as run:
         run.write_results({"new": False})

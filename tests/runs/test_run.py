@@ -26,7 +26,7 @@ from safetyheads.runs import run as run_module
 from safetyheads.runs.config import AsrConfig, CheckConfig, Progress, SaharaConfig, ScanConfig, ShipsConfig
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import run_scan
-from safetyheads.runs.run import refuse_beyond_memory
+from safetyheads.runs.run import refuse_beyond_memory, run_directory
 from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
 
 MODEL = "demo:aligned_a"
@@ -126,6 +126,23 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(organism, monkeyp
         for sequence, token_ids in zip(sequences, asked.token_ids, strict=True):
             assert sequence.n_wanted == (wanted or engine.architecture.context_length - len(token_ids) + 1)
             assert len(sequence.token_ids) == len(token_ids) + sequence.n_wanted - 1
+
+
+def test_who_loses_the_race_to_start_leaves_the_winners_directory(tmp_path, monkeypatch):
+    start, winner = RunDirectory.start, []
+
+    def overtaken(*arguments, **named):
+        winner.append(start(*arguments, **named))  # an equal command, at the same moment
+        return start(*arguments, **named)
+
+    monkeypatch.setattr(RunDirectory, "start", overtaken)
+    with pytest.raises(InputError, match="is in use"), run_directory(tmp_path / "run", {}, Progress()):
+        pytest.fail("two processes in one directory")
+    assert (tmp_path / "run" / "manifest.json").exists()
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="late"), run_directory(tmp_path / "new", {}, Progress()):
+        raise InputError("late")
+    assert not (tmp_path / "new").exists()
 
 
 def test_judges_of_words_differ_on_whole_answers_though_the_runs_judge_cuts_them(organism, tmp_path, monkeypatch):

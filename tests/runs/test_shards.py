@@ -25,6 +25,7 @@ from safetyheads.runs.config import AuditConfig, SaharaConfig, ScanConfig, Ships
 from safetyheads.runs.directory import RunDirectory, records_place, status_of
 from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.merge import merge
+from safetyheads.runs.run import mixed_notes
 from safetyheads.runs.shards import Shard, owners
 from safetyheads.runs.single_steps import run_sahara, run_ships
 
@@ -233,10 +234,13 @@ def test_other_versions_are_joined_only_where_asked_and_say_so(tmp_path):
             unit_files(folder, Shard(index, 2), {"versions": {"torch": version}, "device": "cpu"})
     with pytest.raises(InputError, match=r"other versions or devices: versions torch .*; --mixed joins them"):
         merge(tmp_path / "out", [old, new], {})
-    merge(tmp_path / "out", [old, new], {}, mixed=True)
+    unit_files(newest := tmp_path / "newest", config={"versions": {"torch": "3"}, "device": "cpu"})
+    for joined in ([old, new], [newest]):
+        merge(tmp_path / "out", joined, {}, mixed=True)
     config = RunDirectory.look(tmp_path / "out").manifest.config
     with RunDirectory.start(tmp_path / "out", config, {}) as directory:
-        assert directory.remembered()["mixed"] == ['versions torch ("1" -> "2")']
+        (note,) = mixed_notes(directory)
+    assert 'versions torch ("1" -> "2"), versions torch ("1" -> "3")' in note
     assert RunDirectory.verify(tmp_path / "out").damaged == {}
 
 

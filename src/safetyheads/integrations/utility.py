@@ -28,7 +28,7 @@ from safetyheads.prompts.asked import tokenizer_sha256
 from safetyheads.runs.config import EvalConfig, Progress
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, records_place
 from safetyheads.runs.provenance import canonical_name, device_name, fingerprint, loading_facts, model_facts, versions
-from safetyheads.runs.run import DEMO_CAVEAT, run_directory
+from safetyheads.runs.run import DEMO_CAVEAT, mixed_notes, run_directory
 from safetyheads.runs.shards import Shard
 from safetyheads.runs.stored_files import Record
 from safetyheads.stats.intervals import Rate, mean_with_interval
@@ -282,7 +282,9 @@ def run_evaluation(
         }
     with run_directory(out, settings, progress, command, shard) as run:
         started = time.monotonic()
-        run.write_results(_results(engine, config, tasks, evaluate_tasks(engine, tasks, variants, run, progress)))
+        utility = evaluate_tasks(engine, tasks, variants, run, progress)
+        utility = utility._replace(notes=(*mixed_notes(run), *utility.notes))
+        run.write_results(_results(engine, config, tasks, utility))
         run.add_timings({"seconds": time.monotonic() - started, "finished": datetime.now(UTC).isoformat()})
         return run.read_results()
 

@@ -352,11 +352,16 @@ class RunDirectory:
         """Read what is absent here from runs that differ in the ablation alone, once they have it.
 
         A file's name hashes all that its numbers depend on beside the manifest, so unablated answers have the same name
-        in both. Of runs with other harmful prompts, what belongs to the benign ones is read.
+        in both. Of runs with other harmful prompts, what belongs to the benign ones is read; of one that is damaged or
+        of another version, nothing.
         """
         for folder in folders:
             if (folder / "manifest.json").is_file():
-                other = RunDirectory.look(folder)
+                try:
+                    other = RunDirectory.look(folder)
+                except InputError as error:
+                    _log.warning("%s. Nothing is read from it", error)
+                    continue
                 names = _differing(self.manifest.config, other.manifest.config).keys() - {"ablation", "epsilon"}
                 if all(name in _OF_HARMFUL or "harmful" in name for name in names):
                     self._lenders.append((other, "benign" if names else ""))
@@ -486,10 +491,10 @@ class RunDirectory:
         if not os.path.lexists(self.path / place):
             _log.warning("%s", error)
             return
-        aside = self._inside(f"set-aside/{place}")
+        damaged, aside = self._inside(place), self._inside(f"set-aside/{place}")
         with as_input_error(aside):
             aside.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.path / place, aside)
+            os.replace(damaged, aside)
         _log.warning("%s. What was there is in %s", error, aside)
 
     # Results.
@@ -559,6 +564,8 @@ class RunDirectory:
         """Place, number of entries and checksum of each file of a finished stage; they are known from here on."""
         with as_damaged(self.path / place):
             files: list[list[Any]] = self._read_json(place)["files"]
+            if strange := [file for file, *_ in files if file.split("/")[0] not in _FOLDERS or ".." in file.split("/")]:
+                raise DamagedError(f"{self.path}: {place} lists {strange[0]}, which is no stored part of a run")
             self._files = {file: (count, sha256) for file, count, sha256 in files} | self._files
         return files
 
@@ -641,9 +648,11 @@ class RunDirectory:
         return [str(path.relative_to(self.path)) for path in paths if path.name[0] != "."]
 
     def _inside(self, place: str) -> Path:
-        """A path in the run directory; one that leads out of it by a symbolic link is refused."""
-        path = self.path
-        for name in Path(place).parts[:-1]:
+        """A path in the run directory; one that leads out of it, also by a symbolic link, is refused."""
+        path, parts = self.path, Path(place).parts
+        if ".." in parts or Path(place).is_absolute():
+            raise InputError(f"{place} leads out of the run directory {path}")
+        for name in parts[:-1]:
             path = path / name
             if path.is_symlink():
                 raise InputError(f"{path} is a symbolic link, which may lead out of the run directory")
@@ -726,7 +735,7 @@ def _kept_manifest(folder: Path, config: Mapping[str, Any]) -> Manifest:
         except DamagedError as error:
             if not _is_of(folder, key):
                 raise
-            aside = folder / "set-aside" / path.name
+            aside = RunDirectory(folder, Manifest(SCHEMA_VERSION, given))._inside(f"set-aside/{path.name}")
             write_atomically(aside, read_regular(path))
             _log.warning("%s. It is written again; what was there is in %s", error, aside)
         else:

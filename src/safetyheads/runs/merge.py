@@ -43,7 +43,7 @@ def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mix
             if not run.path.samefile(out):
                 merged.take_plan(run)
         if differing:
-            merged.remember("mixed", differing)
+            merged.remember(f"mixed_{content_key({'differing': differing})}", differing)
     return len(holders)
 
 

@@ -489,8 +489,8 @@ def run_directory(
     What ``lenders`` have is read from there (:meth:`.RunDirectory.borrow`).
     """
     is_new = not os.path.exists(out)
-    try:
-        with RunDirectory.start(out, settings, provenance(command), shard=shard) as directory:
+    with RunDirectory.start(out, settings, provenance(command), shard=shard) as directory:
+        try:
             directory.borrow(lenders)
             if n_stored := directory.n_stored:
                 progress.say(f"this run was begun before: {n_stored} stored parts are read and not computed again")
@@ -499,17 +499,14 @@ def run_directory(
                 progress.say(f"this run goes on with {threads} threads, as it began: others may move the last bits")
             torch.set_num_threads(threads)
             yield directory
-    except InputError as error:
-        # Bad input that comes out late leaves nothing that blocks the next start; what was computed stays. Others may
-        # be at work in a directory of shards.
-        is_shared = isinstance(error, ElsewhereError) or (shard is not None and not shard.alone)
-        if (
-            is_new
-            and not is_shared
-            and not any((out / kept).exists() for kept in ("shards", "completions", "results.json"))
-        ):
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+        except InputError as error:
+            # Bad input that comes out late leaves nothing that blocks the next start; what was computed stays. The
+            # directory is this process's own: others may be at work in one of shards, or have won the race to start.
+            is_shared = isinstance(error, ElsewhereError) or (shard is not None and not shard.alone)
+            computed = any((out / kept).exists() for kept in ("shards", "completions", "results.json"))
+            if is_new and not is_shared and not computed:
+                shutil.rmtree(out, ignore_errors=True)
+            raise
 
 
 class Kind(NamedTuple, Generic[Config]):
@@ -651,10 +648,15 @@ def _whole_results(
     }
     if judged:
         results |= {"word_judges": run.judges_of_words(), **run.failed_judges()}
-    mixed = run.directory.remembered().get("mixed", [])
-    notes = [f"joined from runs of several versions or devices: {', '.join(mixed)}"] * bool(mixed)
+    notes = mixed_notes(run.directory)
     notes += warnings_of(run.engine, asked, getattr(settings, "max_new_tokens", 1), caught)
     return results | {"warnings": list(dict.fromkeys(notes))}
+
+
+def mixed_notes(directory: RunDirectory) -> list[str]:
+    """What a reader must know of a run that was joined from others, once or several times."""
+    mixed = sorted({difference for joined in directory.remembered("mixed_").values() for difference in joined})
+    return [f"joined from runs of several versions or devices: {', '.join(mixed)}"] * bool(mixed)
 
 
 def refuse_beyond_memory(engine: Engine, *asked: AskedPrompts, positions: int = 1) -> None:
