@@ -51,7 +51,7 @@ def test_a_sheet_is_written_filled_in_and_read_back(run, refused, folder):
 @pytest.mark.parametrize(
     ("judge", "code", "said"),
     [
-        ("raising", 1, "the judge raising raised LookupError"),
+        ("raising", 1, "raising gave no verdict on any of 192 answers (error: LookupError): nothing was added"),
         ("never_final", 1, "the judge never_final raised AttributeError"),
         ("silent", 2, "the judge silent has to give a Verdict for each of"),
         ("nameless", 2, "its describe() has to give plain values by name"),

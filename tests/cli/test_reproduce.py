@@ -30,6 +30,36 @@ def test_bad_input_is_one_line_and_exit_2(refused, monkeypatch, arguments, said)
     assert said in refused("reproduce", *arguments.split(), "--quiet")
 
 
+def test_a_judge_that_gave_no_verdict_is_told_and_asked_again(run, monkeypatch):
+    asked = [
+        "reproduce",
+        "fig13",
+        "--limit",
+        "4",
+        "--out",
+        "run",
+        "--threads",
+        "1",
+        "--judge",
+        "python:own_judges:failing",
+        "--quiet",
+    ]
+    code, _, err = run(*asked)
+    failed = json.loads(Path("run/results.json").read_text())["failed_judges"]["python:own_judges:failing"]
+    assert (code, failed["n"], list(failed["reasons"])) == (1, failed["of"], ["error: RuntimeError"])
+    assert f"python:own_judges:failing gave no verdict on {failed['n']} of {failed['n']} answers" in err
+
+    def mended(queries, answers):
+        return [0.0 for _ in answers]
+
+    mended.__module__, mended.__qualname__ = "own_judges", "failing"
+    monkeypatch.setattr("own_judges.failing", mended)
+    assert run(*asked)[0] == 0
+    results = json.loads(Path("run/results.json").read_text())
+    assert "failed_judges" not in results
+    assert results["experiments"][0]["headline"]
+
+
 def test_a_run_prints_its_tables_and_goes_on_where_it_was(run, monkeypatch):
     def reproduced(name, limit=6):
         return run("reproduce", name, "--limit", limit, "--out", "run", "--threads", "1")

@@ -312,6 +312,10 @@ SCRIPT = "import datasets, evaluate, pathlib; pathlib.Path('ran').touch()\nclass
 CHOICES = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
 CODES = {
     "a function of the folder": ({"doc_to_text": "!function task_code.text"}, "the function task_code.text of"),
+    "a function of the folder, named as one of lm-eval": (
+        {"doc_to_text": "!function lm_eval.task_code.text"},
+        "the function lm_eval.task_code.text of",
+    ),
     "a metric of the current folder": (
         {"doc_to_text": "context", "metric_list": [{"metric": "own_metric"}]},
         "the script of the metric own_metric, from the current folder",
@@ -334,7 +338,9 @@ def test_code_of_tasks_runs_only_where_it_is_trusted(tmp_path, monkeypatch, name
     yaml = tmp_path / "own.yaml"
     # A tag of YAML, which JSON cannot write.
     yaml.write_text(re.sub(r'"!function ([\w.]+)"', r"!function \1", yaml.read_text()))
-    (tmp_path / "task_code.py").write_text(CODE)
+    for folder in (tmp_path, tmp_path / "lm_eval"):
+        folder.mkdir(exist_ok=True)
+        (folder / "task_code.py").write_text(CODE)
     (tmp_path / "own_metric").mkdir()
     (tmp_path / "own_metric" / "own_metric.py").write_text(SCRIPT)
     options = TaskOptions(tasks=("own",), include_paths=(str(tmp_path),), offline=True, limit=2)
@@ -342,7 +348,7 @@ def test_code_of_tasks_runs_only_where_it_is_trusted(tmp_path, monkeypatch, name
         load_tasks(options)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "ran").exists()
-    if name == "a function of the folder":
+    if name.startswith("a function of the folder"):
         assert "--trust-task-code" in str(refused.value)
         with pytest.warns(TaskCodeWarning, match=re.escape(f"tasks run {said}")):
             load_tasks(replace(options, trust_task_code=True))

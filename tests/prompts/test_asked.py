@@ -1,8 +1,10 @@
 """What judges get of an answer: without think block and stop text, and nothing that a further token takes back."""
 
+import math
 from unittest.mock import Mock
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,6 +96,28 @@ def test_no_judge_is_asked_about_a_block_that_never_closes_and_too_few_verdicts_
     judge.return_value = (refused,)
     with pytest.raises(InputError, match="a Verdict for each of 2 answers"):
         verdicts_of(judge, completions)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (Verdict("harmful", ""), "unscored: label: none of complied"),
+        (Verdict("complied", "", score=math.nan), "unscored: score: no number from 0 to 1"),
+        (Verdict("complied", "", score=2), "unscored: score: no number from 0 to 1"),
+        (Verdict("complied", "", score=0.5, mass=torch.ones(1)), "unscored: mass: no number from 0 to 1"),
+        (Verdict("complied", None), "unscored: reason: no text"),
+        (LookupError("So it goes"), "unscored: error: LookupError"),
+    ],
+)
+def test_a_judge_of_ones_own_costs_no_other_answer_its_verdict(given, expected):
+    def judge(completions):
+        if isinstance(given, Exception) and any(completion.query == "b" for completion in completions):
+            raise given
+        return [given if completion.query == "b" else Verdict("refused", "") for completion in completions]
+
+    first, second, third = verdicts_of(judge, [Completion(name, "", (), True, 128) for name in "abc"])
+    assert f"{second.label}: {second.reason}".startswith(expected)
+    assert (first, third, second.passing) == (Verdict("refused", ""),) * 2 + (isinstance(given, Exception),)
 
 
 # Marks in bits, so that every cut of them is met.

@@ -1,5 +1,6 @@
 """Both paths to an answer give the same records; a record gives its answer back; random groups are drawn once."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from safetyheads.answers.decoding import GREEDY, TOP_5, Answer, Decoding
 from safetyheads.answers.drafts import drafts_fit, drafts_of
 from safetyheads.answers.judging import Judging
 from safetyheads.heads import format_heads
+from safetyheads.judges.function import CallableJudge
 from safetyheads.judges.named import judges_named
 from safetyheads.measures import random_groups as random_groups_module
 from safetyheads.runs import kept_answers as kept_module
@@ -77,6 +79,21 @@ def test_shorter_answers_are_the_beginnings_of_whole_ones(organism, tmp_path, mo
     assert all(other["finished"] == (one["finished"] and one["n_tokens"] < 3) for one, other in pairs)
     assert all(other["complete"] for _, other in pairs)
     assert len(added) == 1  # the unablated answers are not stored again
+
+
+def test_what_judges_failed_on_is_counted_once_however_often_it_is_read(organism, tmp_path):
+    def failing(queries, answers):
+        raise LookupError
+
+    judging = Judging(organism.engine, organism.harmful[:4], [CallableJudge(failing, "mine")], 8)
+    with RunDirectory.start(tmp_path, {}, {}) as directory:
+        kept = KeptAnswers("harmful", judging, Decoding(8), directory, Progress())
+        kept.vanilla()
+        for _ in range(2):
+            kept.under("groups", GROUPS[:1], UNDIFFERENTIATED_ATTENTION)
+        counted = [sum(kept.failures.values(), Counter()), kept_module.failures_of(directory.stored_records())]
+    failed = {"mine": {"n": 8, "of": 8, "reasons": {"error: LookupError": 8}}}
+    assert [kept_module.failed_judges(failures) for failures in counted] == [{"failed_judges": failed}] * 2
 
 
 def test_drafts_that_do_not_fit_the_memory_are_not_used(organism, tmp_path, monkeypatch):

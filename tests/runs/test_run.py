@@ -1,6 +1,7 @@
 """Runs of asr, ships and sahara give what public functions give; a second start computes nothing."""
 
 import json
+import warnings
 
 import pytest
 from transformers import GenerationConfig
@@ -17,6 +18,7 @@ from safetyheads import (
     sahara,
 )
 from safetyheads.judges import named
+from safetyheads.judges.endpoint import EndpointWarning
 from safetyheads.judges.function import CallableJudge
 from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.measures.head_pass import HeadPass
@@ -126,6 +128,14 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(organism, monkeyp
         for sequence, token_ids in zip(sequences, asked.token_ids, strict=True):
             assert sequence.n_wanted == (wanted or engine.architecture.context_length - len(token_ids) + 1)
             assert len(sequence.token_ids) == len(token_ids) + sequence.n_wanted - 1
+
+
+def test_a_warning_is_shown_when_it_comes_each_once_and_noted_for_the_results():
+    with warnings.catch_warnings(record=True) as shown, run_module._warnings_noted() as noted:
+        for said in ("answers leave", "answers leave", "others leave"):
+            warnings.warn(said, EndpointWarning, stacklevel=1)
+            assert str(shown[-1].message) == said
+    assert (len(shown), list(noted)) == (2, ["answers leave", "others leave"])
 
 
 def test_who_loses_the_race_to_start_leaves_the_winners_directory(tmp_path, monkeypatch):

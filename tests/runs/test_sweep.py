@@ -109,6 +109,21 @@ def test_models_of_many_heads_are_screened_unless_somebody_says(tmp_path, monkey
     assert (screened(), screened(screen=False)) == ([True, True], [False, False])
 
 
+@pytest.mark.usefixtures("own_folder")
+def test_a_sweep_tells_of_judges_that_failed_and_has_a_folder_of_its_own(run, tmp_path):
+    settings = "".join(f"{name} = {json.dumps(value)}\n" for name, value in SHORT.items())
+    file = tmp_path / "sweep.toml"
+    file.write_text(f'models = ["demo:aligned_a"]\nprompts = ["demo"]\n{settings}')
+    code, out, err = run("sweep", file, "--judge", "python:own_judges:failing", "--quiet", "--json")
+    (entry,) = json.loads(out)["runs"]
+    assert code == 1
+    assert f"{entry['name']}: python:own_judges:failing gave no verdict on" in err
+    for value in ("2026-01-01", "nan"):
+        file.write_text(f'models = ["demo:aligned_a"]\nprompts = ["demo"]\nepsilon = {value}')
+        code, _, err = run("sweep", file)
+        assert (code, err.count("\n"), "epsilon must be" in err) == (2, 1, True)
+
+
 def test_the_command_reads_a_file_compares_neighbours_and_goes_on(run, tmp_path):
     file, out = tmp_path / "sweep.toml", tmp_path / "runs"
     settings = "".join(f"{name} = {json.dumps(value)}\n" for name, value in SHORT.items())

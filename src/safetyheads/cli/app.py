@@ -170,9 +170,11 @@ def sweep(
     options, progress = RunOptions(**where), show.progress_for(output.quiet)
     machine, settings = options.parsed_machine, {} if file is None else read_sweep(file)
     settings |= {name.removesuffix("_swept"): list(names) for name, names in combined.items()} | config
-    out = options.out or Path("runs") / f"sweep-{content_key(settings)[:6]}"
-    _refuse(out, report, settings.get("store_completions", True))
-    audits = audits_of(settings, out)
+    audits = audits_of(settings, Path())
+    key = content_key({place.name: asdict(audit) for place, audit in audits.items()})
+    out = options.out or Path("runs") / f"sweep-{key[:6]}"
+    audits = {out / place: audit for place, audit in audits.items()}
+    _refuse(out, report, all(audit.store_completions for audit in audits.values()))
     options.refuse_idle_judge_workers(judge_named(name) for audit in audits.values() for name in audit.judges)
 
     def load(config: AuditConfig) -> Engine:
@@ -204,7 +206,8 @@ def sweep(
         _show(swept | {"page": str(path)}, output, lambda: show.show_page(page.tables, "History", path))
     elif not failures:
         _show(sweep_results(out, failed), output)
-    return 0 if not failures else 3 if all(isinstance(error, IncompleteError) for error in failures) else 2
+    code = max((_code_of_judges(found, f"{place.name}: ") for place, found in costs.items()), default=0)
+    return code if not failures else 3 if all(isinstance(error, IncompleteError) for error in failures) else 2
 
 
 @command
@@ -315,7 +318,7 @@ def reproduce(
         Path | None, Parameter(help="TOML file of settings; options win over it.", group=PANELS["Settings"])
     ] = None,
     threads: Annotated[int | None, Parameter(help="CPU threads to use.", group=PANELS["Settings"])] = None,
-) -> None:
+) -> int:
     """Run an experiment of the paper, or all, on any model; by default on the embedded organism."""
     from safetyheads.experiments.catalogue import ALL, EXPERIMENTS, chosen, missing
 
@@ -328,7 +331,7 @@ def reproduce(
             for name, entry in EXPERIMENTS.items()
         }
         _show(found, output, lambda: show.show_experiments(EXPERIMENTS, lacking))
-        return
+        return 0
     from safetyheads.experiments.lab import reproduce as run_experiments
     from safetyheads.runs.directory import RunDirectory
     from safetyheads.runs.stored_files import content_key
@@ -348,6 +351,7 @@ def reproduce(
     results = run_experiments(lab, experiments, out, load, progress, sys.argv, skips=experiment == ALL)
     chosen_names, timed = [item.name for item in experiments], RunDirectory.open(out).read_timings().get("timed", {})
     _finish(results, out, report, output, lambda found, _: show.show_outcomes(found, chosen_names, timed))
+    return _code_of_judges(results)
 
 
 @command
@@ -638,13 +642,15 @@ def _finish(
     _show(found, output, lambda: display(found, page.tables), lambda: show.print_lines([f"Report: {path}"]))
 
 
-def _code_of_judges(results: show.Found) -> int:
+def _code_of_judges(results: show.Found, named: str = "") -> int:
     """1 where a judge gave no verdict at all, else 0; a line says on how many answers a judge failed."""
     failed = results.get("failed_judges", {})
     for name, counts in failed.items():
         reasons = "; ".join(counts["reasons"])
         again = "the same command asks again"
-        show.print_error(f"{name} gave no verdict on {counts['n']} of {counts['of']} answers ({reasons}); {again}")
+        show.print_error(
+            f"{named}{name} gave no verdict on {counts['n']} of {counts['of']} answers ({reasons}); {again}"
+        )
     return int(any(counts["n"] == counts["of"] for counts in failed.values()))
 
 

@@ -37,7 +37,7 @@ from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
-from safetyheads.runs.kept_answers import KeptAnswers
+from safetyheads.runs.kept_answers import KeptAnswers, failed_judges, failures_of
 from safetyheads.runs.provenance import canonical_name, fingerprint, references_sha256, versions
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.run import Run, run_directory
@@ -332,10 +332,12 @@ def reproduce(
     with run_directory(out, _settings(config), progress, command) as run:
         lab = Lab(config, run, progress, load)
         count_requests_in(run.path, lab.judges)
+        # What judges failed on is asked again, and the outcomes with it.
+        again = bool(failed_judges(failures_of(run.stored_records())))
         for number, experiment in enumerate(runnable, 1):
             progress.say(f"{number} of {len(runnable)}: {experiment.name}, {experiment.title}")
             try:
-                _keep_outcome(run, experiment, lab)
+                _keep_outcome(run, experiment, lab, again)
             except SafetyheadsError as error:
                 if not skips:
                     raise
@@ -365,8 +367,11 @@ def _settings(config: ReproductionConfig) -> dict[str, Any]:
     return {"kind": KIND, **settings, "prompts_sha256": hashes, "described_judges": judges, "versions": versions()}
 
 
-def _keep_outcome(run: RunDirectory, experiment: Experiment, lab: Lab) -> None:
-    """Run an experiment that the directory does not hold yet; of one that is there, check that weights are the same."""
+def _keep_outcome(run: RunDirectory, experiment: Experiment, lab: Lab, again: bool) -> None:
+    """Run an experiment that the directory does not hold yet; of one that is there, check that weights are the same.
+
+    One that is there is run ``again`` where that is asked.
+    """
 
     def compute() -> list[dict[str, Any]]:
         started = time.monotonic()
@@ -376,7 +381,8 @@ def _keep_outcome(run: RunDirectory, experiment: Experiment, lab: Lab) -> None:
         run.add_timings({"seconds": {experiment.name: time.monotonic() - started}, "timed": timed})
         return [{"outcome": outcome.as_dict(), "used": sorted(lab.used)}]
 
-    (record,) = run.records("outcome", {"experiment": experiment.name}, compute)
+    mend = (lambda _: compute()) if again else None
+    (record,) = run.records("outcome", {"experiment": experiment.name}, compute, mend)
     for model in record["used"]:
         lab.weights_of(model)
 
@@ -392,7 +398,7 @@ def _write(run: RunDirectory, config: ReproductionConfig, left_out: Mapping[str,
         "left_out": {name: why for name, why in left_out.items() if name not in records},
         "catalogue": listed(config),
     }
-    run.write_results(results)
+    run.write_results(results | failed_judges(failures_of(run.stored_records())))
 
 
 def _outcome(experiment: Experiment, lab: Lab) -> Outcome:

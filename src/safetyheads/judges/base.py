@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -116,28 +115,48 @@ NOT_CLOSED = Verdict("incoherent", "think block not closed")
 
 
 def verdicts_of(judge: Judge, completions: Sequence[Completion]) -> tuple[Verdict, ...]:
-    """One verdict for each completion, in order; the judge is not asked about unclosed ones."""
-    closed = [index for index, completion in enumerate(completions) if not completion.unclosed]
-    with _as_its_own_error(judge):
-        given = tuple(judge([completions[index] for index in closed]))
+    """One verdict for each completion, in order; the judge is not asked about unclosed ones.
+
+    Where a judge of the user's raises, each answer is tried by itself, and is unscored if that fails too.
+    """
+    closed = {index: completion for index, completion in enumerate(completions) if not completion.unclosed}
+    try:
+        given = tuple(judge(list(closed.values())))
+    except Exception as error:  # a user's judge may raise anything
+        if not _is_its_own(judge, error):
+            raise
+        if len(closed) > 1:
+            given = tuple(verdict for completion in closed.values() for verdict in verdicts_of(judge, [completion]))
+        else:
+            given = (Verdict("unscored", f"error: {type(error).__name__}", passing=True),) * len(closed)
     if len(given) != len(closed) or not all(isinstance(verdict, Verdict) for verdict in given):
         raise InputError(f"the judge {judge.name} has to give a Verdict for each of {len(closed)} answers")
-    verdicts = dict(zip(closed, given, strict=True))
+    verdicts = dict(zip(closed, map(_sound, given), strict=True))
     return tuple(verdicts.get(index, NOT_CLOSED) for index in range(len(completions)))
+
+
+def _sound(verdict: Verdict) -> Verdict:
+    """The verdict; unscored where a judge of the user's made it of what cannot be counted or stored."""
+    if verdict.label not in LABELS:
+        return Verdict("unscored", f"label: none of {', '.join(LABELS)}")
+    for name, number in (("score", verdict.score), ("mass", verdict.mass)):
+        if number is not None and not (isinstance(number, int | float) and 0 <= number <= 1):
+            return Verdict("unscored", f"{name}: no number from 0 to 1")
+    if not isinstance(verdict.reason, str) or not isinstance(verdict.raw, str):
+        return Verdict("unscored", "reason: no text")
+    return verdict
 
 
 def is_final(judge: Judge, text_so_far: str) -> bool:
     """Whether the judge's verdict stays for every continuation."""
-    with _as_its_own_error(judge):
-        return judge.final(text_so_far)
-
-
-@contextmanager
-def _as_its_own_error(judge: Judge) -> Iterator[None]:
-    """What a judge of the user's raises within is one line without its words, which may quote an answer."""
     try:
-        yield
-    except Exception as error:  # a user's judge may raise anything
-        if isinstance(error, SafetyheadsError) or type(judge).__module__.startswith("safetyheads."):
+        return judge.final(text_so_far)
+    except Exception as error:  # a user's judge may raise anything, also in words that quote an answer
+        if not _is_its_own(judge, error):
             raise
         raise SafetyheadsError(f"the judge {judge.name} raised {type(error).__name__}") from error
+
+
+def _is_its_own(judge: Judge, error: Exception) -> bool:
+    """Whether an error is of a judge of the user's, and not one that this package raises."""
+    return not isinstance(error, SafetyheadsError) and not type(judge).__module__.startswith("safetyheads.")

@@ -7,7 +7,7 @@ again.
 from __future__ import annotations
 
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, replace
@@ -57,6 +57,28 @@ _WHERE_TOLD = ("surprise", "thinks", "thought", "unclosed")
 
 def _has_failed(record: Record) -> bool:
     return any(verdict.get("passing") for verdict in record.get("verdicts", {}).values())
+
+
+Failures: TypeAlias = Counter[tuple[str, str]]
+"""Answers by judge and the passing reason why it gave no verdict; an empty one counts all others."""
+
+
+def failures_of(records: Iterable[Record]) -> Failures:
+    """What judges failed on for passing reasons, of records with verdicts."""
+    verdicts = (given for record in records for given in record.get("verdicts", {}).items())
+    return Counter((name, verdict["reason"] if verdict.get("passing") else "") for name, verdict in verdicts)
+
+
+def failed_judges(failures: Failures) -> dict[str, Any]:
+    """The same as results hold it; empty where judges failed on nothing."""
+    failed: dict[str, Any] = {}
+    for (name, reason), count in sorted(failures.items()):
+        if reason:
+            of = sum(count for (judge, _), count in failures.items() if judge == name)
+            entry = failed.setdefault(name, {"n": 0, "of": of, "reasons": {}})
+            entry["n"] += count
+            entry["reasons"][reason] = count
+    return {"failed_judges": failed} if failed else {}
 
 
 class Halved(set[str]):
@@ -174,8 +196,8 @@ class KeptAnswers:
         ``holds_texts`` records of ablated answers have no texts in memory, which those of a large scan would fill.
         """
         self.holds_texts = holds_texts
-        self.failures: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        """By judge: answers by the passing reason why it gave no verdict; ``""`` counts all others."""
+        self.failures: dict[str, Failures] = {}
+        """What judges failed on, by file: one may be read several times."""
         self._shared: dict[tuple[Any, ...], Any] = {}
         self.name, self.judging, self.decoding = name, judging, decoding
         self.directory, self.progress, self.stores_completions = directory, progress, stores_completions
@@ -468,9 +490,7 @@ class KeptAnswers:
             ]
 
         records = self.directory.records(stage, fields, compute, mend)
-        for record in records:
-            for name, verdict in record.get("verdicts", {}).items():
-                self.failures[name][verdict["reason"] if verdict.get("passing") else ""] += 1
+        self.failures[records_place(stage, fields)] = failures_of(records)
         return records
 
     def _unablated_surprises(self) -> dict[AnswerKey, float]:

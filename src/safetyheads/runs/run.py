@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -58,7 +58,7 @@ from safetyheads.prompts.templates import Template
 from safetyheads.runs.config import NO_BENIGN, Progress, PromptOptions, TemplateOptions, duration
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, tensors_place
 from safetyheads.runs.estimate import Estimate, Machine, Work, chain_lines, estimate
-from safetyheads.runs.kept_answers import KeptAnswers
+from safetyheads.runs.kept_answers import KeptAnswers, failed_judges
 from safetyheads.runs.provenance import model_facts, provenance, settings_of, template_facts
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.shards import Shard
@@ -439,16 +439,10 @@ class Run(Generic[Config]):
 
     def failed_judges(self) -> dict[str, Any]:
         """What judges failed on for passing reasons, as results hold it; empty where they failed on nothing."""
-        counts = defaultdict[str, Counter[str]](Counter)
-        for answers in self._answers.values():
-            for name, reasons in answers.failures.items():
-                counts[name] += reasons
-        failed = {
-            name: {"n": total - reasons.pop("", 0), "of": total, "reasons": dict(sorted(reasons.items()))}
-            for name, reasons in counts.items()
-            if (total := reasons.total()) > reasons[""]
+        by_file = {
+            place: failures for answers in self._answers.values() for place, failures in answers.failures.items()
         }
-        return {"failed_judges": failed} if failed else {}
+        return failed_judges(sum(by_file.values(), Counter()))
 
     @property
     def economy(self) -> Economy:
@@ -549,8 +543,7 @@ def carry_out(
     progress, are_given = progress or Progress(), bool(getattr(config, "judges", ()))
     config, judges = _with_judges(engine, config, shard)
     settings: Any = config
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with _warnings_noted() as caught:
         read = prompts or kind.read(config)
         prompts = {name: resolved(engine, prompt_set, settings) for name, prompt_set in read.items()}
         chosen = chosen_line(engine, settings, are_given, next(iter(prompts.values())).template)
@@ -584,6 +577,23 @@ def carry_out(
             seconds = {"seconds": time.monotonic() - started, "judges": run.judge_seconds}
             directory.add_timings(seconds | {"finished": datetime.now(UTC).isoformat()})
             return directory.read_results()
+
+
+@contextmanager
+def _warnings_noted() -> Iterator[dict[str, type[Warning]]]:
+    """Within, warnings are shown when they come, each once, and are noted by their words: results hold them too."""
+    noted: dict[str, type[Warning]] = {}
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+        warnings.simplefilter("always", UserWarning)
+
+        def note(message: Warning | str, category: type[Warning], *where: Any, **named: Any) -> None:
+            if str(message) not in noted:
+                noted[str(message)] = category
+                show(message, category, *where, **named)
+
+        warnings.showwarning = note
+        yield noted
 
 
 def _with_judges(engine: Engine, config: Config, shard: Shard | None) -> tuple[Config, tuple[Judge, ...]]:
@@ -621,7 +631,7 @@ def _begun(
 
 
 def _whole_results(
-    kind: Kind[Config], run: Run[Config], chosen: str, caught: Sequence[warnings.WarningMessage]
+    kind: Kind[Config], run: Run[Config], chosen: str, caught: Mapping[str, type[Warning]]
 ) -> dict[str, Any]:
     """What the results of every kind hold, with what only this kind has."""
     settings: Any = run.config
@@ -691,7 +701,7 @@ def sampling_of(run: Run[Any]) -> dict[str, Any]:
 
 
 def warnings_of(
-    engine: Engine, asked: Sequence[AskedPrompts], max_new_tokens: int, caught: Iterable[warnings.WarningMessage]
+    engine: Engine, asked: Sequence[AskedPrompts], max_new_tokens: int, caught: Mapping[str, type[Warning]]
 ) -> list[str]:
     """What happened that a reader of the results must know."""
     notes: list[str | None] = [*engine.notes, not_followed_line(engine.model)]
@@ -703,6 +713,6 @@ def warnings_of(
     longest = max(prompt_set.longest for prompt_set in asked)
     notes.append(short_context(engine, longest + max_new_tokens, max_new_tokens))
     notes += [prompt_set.note for prompt_set in asked]
-    ours = (warning for warning in caught if warning.category.__module__.startswith("safetyheads"))
-    notes += [str(warning.message) for warning in ours if warning.category is not ShortContextWarning]
+    ours = {words: kind for words, kind in caught.items() if kind.__module__.startswith("safetyheads")}
+    notes += [words for words, kind in ours.items() if kind is not ShortContextWarning]
     return list(dict.fromkeys(note for note in notes if note))
