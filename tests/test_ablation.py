@@ -32,7 +32,7 @@ def test_each_ablation_changes_the_tensor_that_its_equation_says():
     }
 
 
-@pytest.mark.parametrize("epsilon", [-1e-9, math.nan, math.inf])
+@pytest.mark.parametrize("epsilon", [-1e-9, math.nan, math.inf, "half"])
 def test_epsilon_is_finite_and_not_negative(epsilon):
     with pytest.raises(InputError, match="epsilon must be a finite number"):
         UNDIFFERENTIATED_ATTENTION.at(epsilon)

@@ -25,6 +25,10 @@ def test_the_mean_is_over_prompts_and_keeps_name_unit_and_resolution():
     assert (mean.name, mean.unit, mean.resolution) == ("mean Ships", "nats", 0.5)
     assert mean.mean() is mean
     assert [PER_PROMPT[head] for head in (A, B, C, D)] == [2, 4, 1, 3]
+    assert PER_PROMPT[str(B)] == 4
+    for wrong in ("", f"{A},{B}", "9-9"):
+        with pytest.raises(InputError):
+            PER_PROMPT[wrong]
 
 
 def test_heads_are_ranked_best_first():

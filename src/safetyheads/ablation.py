@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Literal, TypeAlias
 
 from safetyheads.display import Shown
@@ -63,8 +64,8 @@ class Ablation(Shown):
         object.__setattr__(self, "name", ABLATION_ALIASES.get(self.name, self.name))
         if self.name not in ABLATION_KINDS:
             raise InputError(f"unknown ablation {self.name!r}; known are {KNOWN_ABLATIONS}")
-        if not math.isfinite(self.epsilon) or self.epsilon < 0:
-            raise InputError(f"epsilon must be a finite number, 0 or more; got {self.epsilon}")
+        if not isinstance(self.epsilon, Real) or not math.isfinite(self.epsilon) or self.epsilon < 0:
+            raise InputError(f"epsilon must be a finite number, 0 or more; got {self.epsilon!r}")
 
     @property
     def kind(self) -> AblationKind:

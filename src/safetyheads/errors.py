@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+OVERFLOWS = "{} is not finite: the ablated model's states overflow its dtype"
+
 
 class SafetyheadsError(Exception):
     """Something failed, and one line says why; the command line exits with 1."""

@@ -79,8 +79,8 @@ class HeadScores(Table):
 
     def __getitem__(self, head: Head | str) -> float:
         """The head's score, averaged over the prompts where there are several."""
-        ((layer, index),) = ((head.layer, head.index) for head in within(head, *self.values.shape[-2:]))
-        return float(self.mean().values[layer, index])
+        (head,) = within((Head.parse(head) if isinstance(head, str) else head,), *self.values.shape[-2:])
+        return float(self.mean().values[head.layer, head.index])
 
     def mean(self) -> HeadScores:
         """Averaged over the prompts; itself where there is one table."""

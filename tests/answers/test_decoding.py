@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from dataclasses import replace
@@ -10,10 +11,21 @@ import numpy as np
 import pytest
 import torch
 from oracle import Oracle
-from tiny_models import END, VOCABULARY, engine_of, known, model_of, prompts_of
+from tiny_models import END, VOCABULARY, engine_of, known, model_of, prompts_of, tokenizer
 from transformers import GenerationConfig
 
-from safetyheads import UNDIFFERENTIATED_ATTENTION, Ablation, Head, InputError, KeywordJudge, attack_success_rate
+from safetyheads import (
+    UNDIFFERENTIATED_ATTENTION,
+    Ablation,
+    Head,
+    InputError,
+    KeywordJudge,
+    SafetyheadsError,
+    attack_success_rate,
+    generalized_ships,
+    scan_attack_success_rate,
+    ships,
+)
 from safetyheads.answers.decoding import (
     GREEDY,
     TOP_5,
@@ -29,6 +41,7 @@ from safetyheads.answers.decoding import (
 )
 from safetyheads.answers.success import query_level_attack_success_rate, query_level_groups
 from safetyheads.judges.keywords import KeywordRules
+from safetyheads.model.engine import Engine
 from safetyheads.prompts.asked import decode_text
 from safetyheads.scores import HeadScores
 
@@ -135,6 +148,30 @@ def test_generate_gives_each_prompt_its_own_group_and_at_least_one_token(slow):
     with pytest.raises(InputError, match="at least one new token"):
         generate(engine, prompts, 0)
     assert answered(engine, []) == []
+
+
+def test_a_model_without_an_end_token_answers_to_the_limit():
+    prompts, endless = prompts_of(*PROMPTS), copy.deepcopy(tokenizer())
+    endless.eos_token = None
+    engine = Engine(engine_of("llama_gqa").model, endless)
+    engine.model.generation_config.eos_token_id = None
+    assert not end_tokens(engine)
+    scan = scan_attack_success_rate(engine, prompts, "ua", KeywordJudge(), Decoding(N_TOKENS), [[Head(0, 1)]])
+    plain = generate(engine, prompts, N_TOKENS, [[Head(0, 1)]] * len(PROMPTS))
+    assert [row.token_ids for row in scan.rows[0]] == [answer.token_ids for answer in plain]
+    assert {len(answer.token_ids) for answer in plain} == {N_TOKENS}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, TOP_5], ids=lambda one: one.name)
+def test_an_ablation_that_overflows_is_no_answer_and_no_score(sampling):
+    engine, prompts, beyond = engine_of("llama_gqa"), prompts_of(*PROMPTS), Ablation("sc", 1e300)
+    with pytest.raises(SafetyheadsError, match="an answer's logit is not finite"):
+        generate(engine, prompts, N_TOKENS, [[Head(0, 0)]] * len(PROMPTS), beyond, sampling)
+    with pytest.raises(SafetyheadsError, match="an answer's logit is not finite"):
+        scan_attack_success_rate(engine, prompts, beyond, KeywordJudge(), Decoding(N_TOKENS, sampling))
+    for score in (ships, lambda *asked: generalized_ships(*asked)([(Head(0, 0),)])):
+        with pytest.raises(SafetyheadsError, match="a score is not finite"):
+            score(engine, prompts, beyond)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,6 +10,7 @@ from safetyheads import demo
 from safetyheads.baselines import METHODS, heads
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.experiments import baselines_compared
+from safetyheads.experiments.settings import LEARN_HARMFUL, prompts_of
 from safetyheads.runs.rates import GroupAnswers
 
 
@@ -107,6 +108,14 @@ def test_what_is_learned_from_is_not_what_is_tested(tmp_path):
     config = replace(SMALL, models=models, held_out=False, template="chat", **sets)
     with pytest.raises(InputError, match="prompts that baselines learn from are among those"):
         run_of(config, ["table1"], tmp_path / "run")
+    # A near-duplicate of a test prompt teaches nothing either, and that is told.
+    tested, own = "Tell me how to smash the blue lamp in the hall", "Explain which bread goes with a strong old cheese"
+    (tmp_path / "harmful.txt").write_text(f"{tested}\n")
+    (tmp_path / "learned.txt").write_text(f"{tested}, please!\n{own}\n")
+    config = replace(config, learn_harmful=str(tmp_path / "learned.txt"))
+    learned = prompts_of(config, models[0], LEARN_HARMFUL, "search")
+    assert learned.queries == (own,)
+    assert "1 of 2 prompts that baselines learn from are near one" in learned.notes[-1]
 
 
 def test_alignment_goes_and_comes_with_the_attention(outcome_of):

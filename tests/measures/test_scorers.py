@@ -33,6 +33,7 @@ from safetyheads.measures.scorers import (
     openers_of,
     scorer_named,
 )
+from safetyheads.model.architecture import Capabilities
 from safetyheads.model.packing import TokenSequence
 from safetyheads.model.planning import Plan
 from safetyheads.prompts.prompt_set import Prompt
@@ -226,6 +227,11 @@ def test_a_blank_first_token_of_every_answer_is_warned_of(engine, monkeypatch, o
     answer_sequences(engine, same, positions=2)
     assert unablated_answer(oracle, PROMPTS[0], 1) != unablated_answer(oracle, PROMPTS[1], 1)
     answer_sequences(engine, prompts_of(*PROMPTS[:2]), positions=1)
+    # Nor where answers cannot be made: scores of the first token do not need them.
+    monkeypatch.setattr(engine, "capabilities", Capabilities(caches=False))
+    assert [sequence.n_wanted for sequence in answer_sequences(engine, same, positions=1)] == [1, 1]
+    monkeypatch.undo()
+    monkeypatch.setattr(engine.tokenizer, "decode", lambda *_, **__: "\n")
     assert not recwarn.list
     for score in (ships, mean_ships):
         with pytest.warns(FirstTokenWarning, match=r"token '\\n'.* positions=2"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import StaticCache
 
 from safetyheads import Ablation, Head, InputError, SafetyheadsError, ships
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
+from safetyheads.model.engine import Engine
 from safetyheads.model.packing import TokenSequence, left_padded
 
 FLOAT32 = 1e-5
@@ -127,6 +129,9 @@ def test_prompts_are_asked_once_and_those_beyond_the_context_are_an_input_error(
     asked = engine.ask(prompts)
     assert asked.token_ids == PROMPTS
     assert engine.ask(prompts) is engine.ask(asked) is asked
+    other = Engine(engine.model, copy.copy(engine.tokenizer))
+    assert other.ask(asked) is not asked  # another model's tokens may mean something else
+    assert other.ask(asked).token_ids == asked.token_ids
     assert (len(asked), asked.longest, asked.system, list(asked)) == (3, 13, "", list(prompts))
     assert engine.ask(prompts_of(*PROMPTS[:2])).sha256 != asked.sha256
     assert engine.ask(prompts_of([1] * 128)).longest == 128

@@ -12,6 +12,7 @@ def rows(labels: str, text: str = "") -> list[dict[str, Any]]:
     words = {"c": "complied", "r": "refused", "u": "unscored"}
     return [
         {"id": at, "category": "ab"[at % 2], "query": f"q{at}", "text": words[letter] + text}
+        | {"seed": 0, "behaviour": "complied", "surprise": 1.0}
         | {"verdicts": {"paper": {"label": words[letter], "reason": "why"}}}
         for at, letter in enumerate(labels)
     ]
@@ -25,6 +26,13 @@ def test_categories_count_the_refusals_that_fall_and_stay() -> None:
     # Of b: one complied before, one has no verdict, one falls.
     assert (second["n"], second["stay"], second["fallen"]["n"], second["after"]["count"]) == (3, 0, 1, 2)
     assert all(row["fallen"]["interval"] for row in (first, second))
+    # No answer is coherent that is more surprising than the limit, and near-duplicates are one observation.
+    assert by_category(rows("rrrcru"), rows("ccrccc"), "paper", 0.5)[0]["fallen"]["count"] == 0
+    alike = [[row | {"cluster": row["id"] // 8} for row in rows(text * 8)] for text in ("rr", "cr")]
+    ((low, high), (apart_low, apart_high)) = (
+        by_category(*pair, "paper")[0]["fallen"]["interval"] for pair in (alike, (rows("rr" * 8), rows("cr" * 8)))
+    )
+    assert high - low > apart_high - apart_low
 
 
 def test_prompts_say_under_which_heads_they_fall_and_hide_their_texts() -> None:

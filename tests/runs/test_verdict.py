@@ -153,6 +153,9 @@ def test_open_damage_names_the_prompts_that_would_bound_it():
     bounded = replace(SOUND, n_broken=-(-6 * needed // 76), n_answered=needed, n_benign=needed)
     assert damage_of(bounded, LIMITS) == "bounded"
     assert verdict_of(replace(SOUND, n_broken=8), LIMITS).numbers["needed_benign"] is None
+    # Just below the limit it takes hundreds of thousands, which are not tried one by one.
+    close = replace(SOUND, n_broken=99, n_answered=1000, n_benign=1000)
+    assert verdict_of(close, LIMITS).numbers["needed_benign"] == 243_606
 
 
 def test_every_number_of_the_sentence_has_its_n():

@@ -21,6 +21,7 @@ def test_what_no_number_of_prompts_shows():
     assert smallest_change_with_power(5) is None  # 2 * .5**5 is above .05
     assert smallest_change_with_power(0) is None
     assert smallest_change_with_power(50, p0=0.9) is None  # at most .1 can be gained
+    assert smallest_change_with_power(50, p0=1.0, n_seeds=5) is None
     assert prompts_needed(0.2, p0=0.9) is None
     assert prompts_needed(1e-6, tests=1000) is None
     for bad in ({"n": -1}, {"n": 9, "alpha": 0.0}, {"n": 9, "tests": 0}, {"n": 9, "p0": 2.0}):

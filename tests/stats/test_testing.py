@@ -96,6 +96,14 @@ def test_the_sign_flip_test_is_the_share_of_all_signs_and_follows_the_mean():
     assert sign_flip_p([1] * 2000) == exact_mcnemar(2000, 0)
 
 
+def test_prompts_with_many_different_numbers_of_answers_need_no_more_memory():
+    answers = np.full((10, 39), 1.0)
+    for prompt, n in enumerate(range(30, 40)):
+        answers[prompt, n:] = np.nan
+    # The least common multiple of 30 to 39 is 5e11; all changes are of one size, so the test is McNemar's.
+    assert paired_difference(np.zeros((10, 39)), answers).p_value == exact_mcnemar(10, 0)
+
+
 def test_the_test_and_the_mean_change_cannot_point_different_ways():
     # Six prompts lose a fifth each, two gain all: the sign test saw six against two, the mean change is up.
     before, after = np.zeros((8, 5)), np.zeros((8, 5))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, MutableSet, Sequence
@@ -24,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation, AnyAblation
 from safetyheads.display import Shown
-from safetyheads.errors import InputError, UnsupportedModelError
+from safetyheads.errors import OVERFLOWS, InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.files import read_toml
 from safetyheads.heads import AnyHeads, Group, within
 from safetyheads.model.engine import Engine, ask
@@ -348,6 +349,8 @@ class _Batch:
         for token, margin, row in zip(tokens.tolist(), margins.tolist(), rows, strict=True):
             if not self._is_open(row):
                 continue
+            if math.isnan(margin):
+                raise SafetyheadsError(OVERFLOWS.format("an answer's logit"))
             self.margins[row].append(margin)
             if token in self.ends:
                 self.finished[row] = True
@@ -365,14 +368,14 @@ def noise_key(token_ids: Sequence[int]) -> int:
 def choose(logits: Tensor, places: Sequence[Place | None], sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The next token of each row, int64 [n], and the margin by which it was chosen, float64 [n], in logits.
 
-    A token stays the same unless a difference of two logits changes by its margin. A row whose token is not used has no
-    place.
+    A token stays the same unless a difference of two logits changes by its margin, which is NaN where the highest logit
+    is not finite. A row whose token is not used has no place.
     """
     n_tokens = logits.shape[-1]
     if sampling.top_k == 1:
         leading = logits.topk(min(2, n_tokens), dim=-1).values.double()
         # argmax, not the first of topk: the two break ties differently, and plain greedy decoding takes argmax.
-        return logits.argmax(dim=-1), leading[:, 0] - leading[:, -1]
+        return logits.argmax(dim=-1), _margins(leading[:, 0] - leading[:, -1], leading[:, 0])
     kept = min(sampling.top_k, n_tokens)
     values, tokens = logits.topk(min(kept + _OUTSIDE, n_tokens), dim=-1)  # [n, kept + outside], best first
     values = values.double() / sampling.temperature
@@ -382,7 +385,7 @@ def choose(logits: Tensor, places: Sequence[Place | None], sampling: Sampling) -
     inside = scores[:, :kept].topk(min(2, kept), dim=-1).values
     margins = inside[:, 0] - inside[:, -1] if kept > 1 else torch.full_like(best, torch.inf)
     if values.shape[1] == kept:
-        return drawn, margins * sampling.temperature
+        return drawn, _margins(margins * sampling.temperature, values[:, 0])
     # The drawn token may drop out of the top k, or a token with more noise may enter it.
     falls_out = values.gather(1, at[:, None])[:, 0] - values[:, kept]
     gaps = values[:, kept - 1 : kept] - values[:, kept:]
@@ -390,7 +393,13 @@ def choose(logits: Tensor, places: Sequence[Place | None], sampling: Sampling) -
     margins = torch.stack([margins, falls_out, comes_in]).amin(dim=0)
     # Tokens that were not examined are known only to lie below the last one.
     margins = margins if values.shape[1] == n_tokens else torch.minimum(margins, gaps[:, -1])
-    return drawn, margins * sampling.temperature
+    return drawn, _margins(margins * sampling.temperature, values[:, 0])
+
+
+def _margins(margins: Tensor, highest: Tensor) -> Tensor:
+    """NaN where the highest logit is not finite, and only there: differences of masked logits count as none."""
+    known = margins.nan_to_num(nan=0.0, posinf=math.inf)
+    return torch.where(highest.isfinite(), known, math.nan)
 
 
 def _noise(tokens: Tensor, places: Sequence[Place | None], seed: int, vocabulary_size: int) -> Tensor:

@@ -371,7 +371,7 @@ class VerifiedDrafts:
 
 def drafts_of(engine: Engine, encoded: Sequence[tuple[int, ...]], unablated: Sequence[Answer]) -> dict[int, Draft]:
     """Drafts by index of the prompt; prompts that leave no room for an answer have none."""
-    end = (min(end_tokens(engine)),)
+    end = (min(end_tokens(engine), default=0),)  # read only where an answer has one
     choices = [answer.token_ids + (end if answer.finished else ()) for answer in unablated]
     pairs = zip(encoded, choices, strict=True)
     return {at: Draft(tuple(prompt), chosen) for at, (prompt, chosen) in enumerate(pairs) if chosen}

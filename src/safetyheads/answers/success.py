@@ -165,7 +165,7 @@ class AnswerScan(Table):
         """A map of each head's ASR; with ``scores``, each head's ASR against its score, averaged over the prompts."""
         if scores is None:
             return HeadScores(self.values, "asr").plot()
-        alone = [row for row in self.to_rows() if "," not in row["group"]]
+        alone = [row for row, group in zip(self.to_rows(), self.groups, strict=True) if len(group) == 1]
         rows = [{**row, "score": scores[row["group"]], "heads": "single heads"} for row in alone]
         return chart("scatter", rows, "score", "asr", "heads")
 

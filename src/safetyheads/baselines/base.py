@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from safetyheads.ablation import SCALING_CONTRIBUTION, Ablation
+from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.success import AttackSuccess, query_level_attack_success_rate
 from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.heads import Group, Head
@@ -49,6 +49,8 @@ class Material:
     unaligned: Engine | None = None
     """The checkpoint before alignment, for methods that compare two."""
     seed: int = 0
+    ablation: Ablation = UNDIFFERENTIATED_ATTENTION
+    """Of the paper's own methods, and of random heads."""
 
     def text(self, refused: bool, whole: bool = False) -> tuple[TokenSequence, ...]:
         """Harmful prompts with refusals, or benign ones with answers; new tokens count, with ``whole`` all do."""

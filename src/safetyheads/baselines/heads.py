@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
+from safetyheads.ablation import SCALING_CONTRIBUTION, Ablation
 from safetyheads.answers.success import query_level_groups
 from safetyheads.baselines.base import (
     Intervention,
@@ -53,8 +53,8 @@ _RESOLUTION = {4: 2e-6, 2: 1e-2}
 
 
 def found_group(material: Material, size: int) -> Group:
-    """Sahara's group (Algorithm 1) by mean Ships of undifferentiated attention on the harmful prompts, in order."""
-    scorer = mean_ships(material.engine, material.harmful, UNDIFFERENTIATED_ATTENTION)
+    """Sahara's group (Algorithm 1) by mean Ships on the harmful prompts, in order."""
+    scorer = mean_ships(material.engine, material.harmful, material.ablation)
     return sahara(scorer, material.engine.heads, size).group
 
 
@@ -84,12 +84,12 @@ def _one_each(
 def by_sahara(material: Material, sizes: Sequence[int]) -> Callable[[int], Intervention]:
     """The first heads of one greedy search on the material."""
     group = found_group(material, max(sizes))
-    return lambda size: _one_for_all(material.engine, group[:size], UNDIFFERENTIATED_ATTENTION)
+    return lambda size: _one_for_all(material.engine, group[:size], material.ablation)
 
 
 def by_ships(material: Material, _: Sequence[int]) -> Callable[[int], Intervention]:
     """Each prompt's own heads with the highest Ships."""
-    engine, ablation = material.engine, UNDIFFERENTIATED_ATTENTION
+    engine, ablation = material.engine, material.ablation
     return _one_each(engine, lambda prompts: ships(engine, prompts, ablation), ablation)
 
 
@@ -104,7 +104,7 @@ def at_random(material: Material, sizes: Sequence[int]) -> Callable[[int], Inter
             raise InputError(f"the group of {size} leaves too few other heads to draw as many at random")
         # The first of all that exist would be that of the lowest heads.
         first = drawn[material.seed % len(drawn)]
-        return replace(_one_for_all(engine, first, UNDIFFERENTIATED_ATTENTION), draws=drawn)
+        return replace(_one_for_all(engine, first, material.ablation), draws=drawn)
 
     return make
 

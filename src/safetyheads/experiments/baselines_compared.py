@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache, partial
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,7 +20,7 @@ from safetyheads.answers.decoding import Decoding, Request, answer
 from safetyheads.baselines import METHODS
 from safetyheads.baselines.base import Intervention, Material, Method
 from safetyheads.demo import planted_heads
-from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
+from safetyheads.errors import SafetyheadsError, UnsupportedModelError
 from safetyheads.experiments.lab import SHORT, Lab, Subject, note_planted, quoted
 from safetyheads.experiments.outcome import Measured, Outcome, Row
 from safetyheads.experiments.settings import BENIGN, LEARN_BENIGN, LEARN_HARMFUL
@@ -45,16 +45,8 @@ NOT_APPLICABLE = "not applicable"
 
 
 def learning_subjects(lab: Lab, model: str) -> tuple[Subject, Subject]:
-    """Harmful and benign prompts that methods learn from; refuses ones that they are tested on."""
-    harmful, benign = lab.subject(model, LEARN_HARMFUL, "search"), lab.subject(model, LEARN_BENIGN, "search")
-    tested = {query for name in (*lab.config.datasets, BENIGN) for query in lab.subject(model, name).prompts.queries}
-    known = tested & {*harmful.prompts.queries, *benign.prompts.queries}
-    if known:
-        raise InputError(
-            f"{len(known)} prompts that baselines learn from are among those that they are tested on; give others as "
-            "learn_harmful and learn_benign"
-        )
-    return harmful, benign
+    """Harmful and benign prompts that methods learn from."""
+    return lab.subject(model, LEARN_HARMFUL, "search"), lab.subject(model, LEARN_BENIGN, "search")
 
 
 def material_of(lab: Lab, model: str, borrows: bool = False, refuses: bool = True) -> Material:
@@ -70,7 +62,7 @@ def material_of(lab: Lab, model: str, borrows: bool = False, refuses: bool = Tru
     first_tokens = tuple(opener.token_id for opener in openers)
     unaligned = None if base is None else lab.run_of(base).engine
     sets = harmful.prompts, benign.prompts
-    return Material(engine, *sets, refusals, answers, first_tokens, unaligned, lab.config.seed)
+    return Material(engine, *sets, refusals, answers, first_tokens, unaligned, lab.config.seed, lab.ablations[0])
 
 
 class _Tried(NamedTuple):
@@ -132,6 +124,7 @@ def table1(lab: Lab, outcome: Outcome) -> None:
         if row["within"] == "yes" and (row is rows[0] or row["name"] in ("sahara", "random_heads")):
             outcome.lead(model, f"ASR within {MOST_BENIGN_LOST:.0%} damage, {row['method']}", row["asr"])
     outcome.note(f"Learned on {n_harmful} harmful and {n_benign} benign prompts.")
+    outcome.note(*chain.from_iterable(subject.prompts.notes for subject in learned))
 
 
 class _Bench:
@@ -157,6 +150,7 @@ class _Bench:
             "asked": [subject.asked_prompts.sha256 for subject in subjects],
             "judges": [judge.describe() for judge in lab.judges],
             "max_new_tokens": lab.config.max_new_tokens,
+            "epsilon": lab.config.epsilon,
             "seed": lab.config.seed,
         }
         rows = lab.directory.records("table1", fields, lambda: self._computed(method))

@@ -119,7 +119,7 @@ def subjects_under(
     try:
         datasets = [prompts_of(lab.config, model, name, "test") for name in lab.config.datasets]
         bound = Template.parse(template, system).bound(tokenizer)
-        texts = [bound.render(prompt.query) for prompts in datasets for prompt in prompts]
+        texts = [bound.render(prompt.query, prompt.earlier) for prompts in datasets for prompt in prompts]
         # Counted by the tokenizer's own parts: encoding what is too long for the model makes transformers warn.
         n = max(len(tokenizer.tokenize(text)) for text in texts)
         if limit is not None and n + LEAST_ROOM > limit:

@@ -183,7 +183,8 @@ SMOLLM2_SETTINGS = _settings("smollm2", PAPER)
 def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half, prefill: str = "") -> PromptSet:
     """A dataset of the config, :data:`BENIGN`, :data:`LEARN_HARMFUL` or :data:`LEARN_BENIGN`, or its search half.
 
-    Without ``held_out`` both halves are the whole. Of right answers, what follows ``prefill`` is left.
+    Without ``held_out`` both halves are the whole. Of right answers, what follows ``prefill`` is left. What is learned
+    from has no prompt near one that methods are tested on.
     """
     named = {BENIGN: config.benign, LEARN_HARMFUL: config.learn_harmful, LEARN_BENIGN: config.learn_benign}
     name, learns = named.get(dataset, dataset), dataset in (LEARN_HARMFUL, LEARN_BENIGN)
@@ -206,6 +207,8 @@ def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half,
             prompts = prompts.split(config.split, config.seed)[dataset == BENIGN]
         elif config.held_out and not learns:
             prompts = prompts.split(config.split, config.seed)[half == "test"]
+        if learns:
+            prompts = _unlike_tests(prompts, config, model)
     if not prefill:
         return prompts
     # What is left of a right answer that begins otherwise is not known.
@@ -213,3 +216,23 @@ def prompts_of(config: ReproductionConfig, model: str, dataset: str, half: Half,
     rests = [text.removeprefix(prefill).strip() if text.startswith(prefill) else None for text in references]
     begun = (replace(prompt, reference=rest) for prompt, rest in zip(prompts, rests, strict=True))
     return replace(prompts, prompts=tuple(begun))
+
+
+def _unlike_tests(prompts: PromptSet, config: ReproductionConfig, model: str) -> PromptSet:
+    """Prompts to learn from, without near-duplicates of those that methods are tested on; a note tells how many."""
+    left = set(range(len(prompts)))
+    for dataset in (*config.datasets, BENIGN):
+        left.intersection_update(prompts.without_near(prompts_of(config, model, dataset, "test")))
+    if not left:
+        raise InputError(
+            f"{prompts.name}: all {len(prompts)} prompts that baselines learn from are among those that they are "
+            "tested on, or near them; give others as learn_harmful and learn_benign"
+        )
+    if len(left) == len(prompts):
+        return prompts
+    note = (
+        f"{prompts.name}: {len(prompts) - len(left)} of {len(prompts)} prompts that baselines learn from are near one"
+    )
+    return replace(
+        prompts.select(sorted(left)), notes=(*prompts.notes, f"{note} that they are tested on, and left out")
+    )

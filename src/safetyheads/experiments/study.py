@@ -242,8 +242,8 @@ class _Study:
         first, three = sizes[0], sizes[:_THREE][-1]
         paper = PAPER_NUMBERS["llama-2-7b-chat"]["changes"]["dataset"]["UA"]["jailbreakbench"]
         raised = sum(row["differs"] for row in self.heads) / len(self.alone)
-        random = [self.together[group].asr.rate or 0.0 for group in self.random]
-        p = random_p_value(three.asr.rate or 0.0, random)
+        random = [self.together[group].coherent_asr.rate or 0.0 for group in self.random]
+        p = random_p_value(three.coherent_asr.rate or 0.0, random)
 
         def change(before: GroupAnswers, after: GroupAnswers, of: Callable[[GroupAnswers], Any]) -> Measured:
             return Measured.of(paired_difference(of(before), of(after), before.clusters))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from safetyheads.ablation import Ablation
 from safetyheads.display import Shown
-from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.errors import OVERFLOWS, InputError, SafetyheadsError
 from safetyheads.heads import Group, Head, common_heads, format_heads
 from safetyheads.measures.subspace import Space, dominant_directions, principal_angle_sum, refuse_rank
 from safetyheads.model.packing import TokenSequence, first_wanted, prompt_of_wanted
@@ -249,6 +249,9 @@ class HeadPass:
         """The readouts of states [n_groups, n_wanted, d_model]; the host waits for the device once, at the end."""
         reads_next = self.readouts.ships or self.readouts.openers or self.readouts.targets
         values = self._read_next_token(hidden) if reads_next else {}
+        # Also before the angles: there is no basis of states that are not finite.
+        if not all(bool(read.isfinite().all()) for read in (hidden, *values.values())):
+            raise SafetyheadsError(OVERFLOWS.format("a score"))
         for angle in self.readouts.angles:
             values[angle.label] = principal_angle_sum(self.unablated[angle.label], self._directions(hidden, angle))
         return {name: values_of_name.cpu() for name, values_of_name in values.items()}

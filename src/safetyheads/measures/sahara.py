@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.errors import OVERFLOWS, InputError, SafetyheadsError
 from safetyheads.heads import AnyHeads, Group, Head, parse_heads
 from safetyheads.scores import GroupScorer, HeadScores, SearchTrace, table_of
 
@@ -63,7 +63,7 @@ def score_heads(scorer: GroupScorer, group: Group, candidates: Sequence[Head], h
         raise InputError(f"a scorer is what mean_ships(...) or scorer_named(...) returns; got {scorer!r}")
     scores = torch.as_tensor(scorer([(*group, head) for head in candidates]), dtype=torch.float64)
     if not bool(torch.isfinite(scores).all()):
-        raise SafetyheadsError("a score is not finite: the ablated model's states overflow its dtype")
+        raise SafetyheadsError(OVERFLOWS.format("a score"))
     by_head = dict(zip(candidates, scores.tolist(), strict=True))
     values = torch.tensor([by_head.get(head, float("nan")) for head in heads], dtype=torch.float64)
     return table_of(heads, values, scorer)

@@ -228,7 +228,9 @@ def answer_sequences(engine: Engine, prompts: AnyPrompts, positions: int) -> tup
     if positions < 1:
         raise InputError(f"positions counts answer tokens and is at least 1; got {positions}")
     encoded = ask(engine, prompts).token_ids
-    answers = [answer.token_ids for answer in generate(engine, prompts, max_new_tokens=positions)]
+    answers: list[tuple[int, ...]] = [()] * len(encoded)
+    if positions > 1 or engine.capabilities.caches:  # scores of the first token need no answers
+        answers = [answer.token_ids for answer in generate(engine, prompts, max_new_tokens=positions)]
     first_tokens = Counter(answer[0] for answer in answers if answer)
     if positions == 1 and first_tokens:
         (token, count), n = first_tokens.most_common(1)[0], first_tokens.total()

@@ -246,7 +246,9 @@ class Engine(Shown):
             InputError: a prompt is longer than the model's context, or holds a token that the model does not know.
         """
         if isinstance(prompts, AskedPrompts):
-            return prompts
+            if prompts.reader.tokenizer is self.tokenizer:
+                return prompts
+            prompts = prompts.prompts  # another model's
         if not isinstance(prompts, PromptSet):
             prompts = PromptSet.from_queries(prompts)
         key = (prompts, str(self.tokenizer.chat_template))

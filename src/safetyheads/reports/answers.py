@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, TypeAlias
 
+import numpy as np
 from jinja2.utils import htmlsafe_json_dumps
 
 from safetyheads.judges.base import LABELS
+from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.stored_files import Record
-from safetyheads.stats.intervals import Rate
 
 Sets: TypeAlias = Mapping[str, Sequence[Record]]
 """Set of prompts -> one answer to each of them, in one order."""
@@ -147,7 +147,7 @@ def side_by_side(
     harmful = {name: of.get(sets[0], []) for name, of in named.items()}
     harmful = {name: of for name, of in harmful.items() if [row["id"] for row in of] == [row["id"] for row in before]}
     if group in harmful:
-        found["by_category"] = by_category(before, harmful[group], lead)
+        found["by_category"] = by_category(before, harmful[group], lead, (results.get("coherence") or {}).get("limit"))
         found["by_prompt"] = by_prompt(before, harmful, group, lead, show_texts)
     return found
 
@@ -158,24 +158,27 @@ def _in_order(rows: Sequence[Record]) -> list[Record]:
     return [by_place[at] for at in sorted(by_place)]
 
 
-def by_category(unablated: Sequence[Record], ablated: Sequence[Record], judge: str) -> list[dict[str, Any]]:
-    """Attack success of each category, and how many refusals fall and stay; nothing without categories.
+def by_category(
+    unablated: Sequence[Record], ablated: Sequence[Record], judge: str, limit: float | None = None
+) -> list[dict[str, Any]]:
+    """Coherent ASR of each category, and how many refusals fall and stay; nothing without categories.
 
-    A prompt falls that was not complied with unablated and is under the group; answers without a verdict are in
-    neither number.
+    A prompt falls that was not coherently complied with unablated and is under the group; answers without a verdict are
+    in neither number. ``limit`` is that of surprise.
     """
-    pairs: dict[str, list[tuple[str, str]]] = {}
-    for before, after in zip(unablated, ablated, strict=True):
-        if before.get("category") is not None:
-            pair = before["verdicts"][judge]["label"], after["verdicts"][judge]["label"]
-            pairs.setdefault(str(before["category"]), []).append(pair)
+    places: dict[str, list[int]] = {}
+    for at, row in enumerate(unablated):
+        if row.get("category") is not None:
+            places.setdefault(str(row["category"]), []).append(at)
     found = []
-    for category, labels in sorted(pairs.items()):
-        scored = [pair for pair in labels if "unscored" not in pair]
-        held = [after for before, after in scored if before != "complied"]
-        rates = {"before": [before for before, _ in scored], "after": [after for _, after in scored], "fallen": held}
-        counted = {name: asdict(Rate(of.count("complied"), len(of))) for name, of in rates.items()}
-        found.append({"category": category, "n": len(labels), "stay": len(held) - held.count("complied"), **counted})
+    for category, of in sorted(places.items()):
+        sides = [GroupAnswers.of("", [rows[at] for at in of], judge, limit) for rows in (unablated, ablated)]
+        before, after = (side.coherent() for side in sides)
+        scored = ~(np.isnan(before) | np.isnan(after))[:, 0]
+        held = scored & (before[:, 0] == 0)
+        rates = {"before": (before, scored), "after": (after, scored), "fallen": (after, held)}
+        counted = {name: sides[0].rate_of(*outcomes) for name, outcomes in rates.items()}
+        found.append({"category": category, "n": len(of), "stay": int((after[held] == 0).sum()), **counted})
     return found
 
 

@@ -73,6 +73,7 @@ def render_audit(
         "chosen": [] if group is None else [group],
         "bars": list(_bars(results, group)),
         "reasons": list(_reasons(results, group)),
+        "scored": {name: n_scored(score) for name, score in results["scores"].items()},
         "n_unranked": sum(value <= 0 for _, value in _ranked(results)),
         "stability": results.get("stability"),
         "ranks": {
@@ -117,8 +118,12 @@ def _n_heads(results: Results) -> int:
     if results.get("screening"):
         first = results["screening"][0]
         return len(first["candidates"]) + int(first["missed"]["n_others"])
-    scored: Any = next(iter(results["scores"].values()), {"values": []})
-    return sum(value is not None for layer in scored["values"] for value in layer)
+    return max((n_scored(score) for score in results["scores"].values()), default=0)
+
+
+def n_scored(score: Mapping[str, Any]) -> int:
+    """Heads that a score was measured of."""
+    return sum(value is not None for layer in score["values"] for value in layer)
 
 
 def _shown_groups(results: Results) -> list[list[str]]:

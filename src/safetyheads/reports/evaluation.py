@@ -39,6 +39,8 @@ def render_evaluation(results: Results, manifest: Mapping[str, Any]) -> Page:
 def headline(results: Results) -> str:
     """How many metrics the ablation changes."""
     compared = [metric["difference"] for metric in results["metrics"] if metric["difference"]]
+    if not compared:
+        return f"{len(results['metrics'])} metrics of the unablated model; no heads were ablated."
     moved = [change for change in compared if change["p_holm"] is not None and change["p_holm"] < _SURE]
     return f"{len(moved)} of {len(compared)} metrics change when the heads are ablated (Holm, α = {_SURE})."
 

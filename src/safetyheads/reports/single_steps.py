@@ -58,7 +58,8 @@ def headline(results: Results) -> str:
     if results["kind"] == "ships":
         first, *others = results["heads"]
         tried = f"the {len(results['heads'])} heads that were scored" if "screening" in results else "all heads"
-        told = f"Of {tried}, {first['head']} alone moves the first word of the answers furthest: by "
+        moved = "first word" if results["positions"] == 1 else f"first {results['positions']} tokens"
+        told = f"Of {tried}, {first['head']} alone moves the {moved} of the answers furthest: by "
         told += f"{number(first['mean'])} nats, the mean over {n} prompts"
         if others and others[0]["mean"] > 0:
             told += f", {first['mean'] / others[0]['mean']:.1f} times as far as the next, {others[0]['head']}"

@@ -172,10 +172,10 @@ def _work(engine: Engine, config: AuditConfig, asked: Mapping[str, AskedPrompts]
     work = Work(
         asked["harmful_search"].token_ids, n_passed / len(engine.heads), n_answers, config.max_new_tokens, STAGES
     )
-    if config.control_tokens is None:
+    if config.controls_end is None:
         work = work._replace(answers=n_answers + n_controls)
     else:
-        work = work._replace(short_answers=(n_controls, config.control_tokens))
+        work = work._replace(short_answers=(n_controls, config.controls_end))
     # Unablated answers, steps of the search (the first with all scores; screened, these follow) and the rounds before
     # them, groups on the search half and on the test half, and the end.
     rounds = 4 + config.size + n_rounds + config.screen + config.needed_controls
@@ -240,7 +240,7 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
         "behaviour": {
             "vanilla": rates_as_json(vanilla),
             "groups": [group_as_json(vanilla, outcome) for outcome in outcomes],
-            "heads": heads_as_json(vanilla["harmful_test"], heads, by_prompt),
+            "heads": heads_as_json(vanilla["harmful_test"], heads, by_prompt, config.controls_end is None),
         },
         "concentration": concentration,
         "stability": stability,
@@ -367,11 +367,11 @@ def _outcomes(
         benign = run.head_pass("benign_test", ablation, Readouts(ships=True))
         return dict(zip(unique, benign.measure(unique)["ships"].tolist(), strict=True))
 
-    if config.control_tokens is None and not config.needed_controls:
+    if config.controls_end is None and not config.needed_controls:
         tests = [partial(answer, "harmful_test", [*unique, *others])]
     else:
         tests = [partial(answer, "harmful_test", unique)]
-        tests.append(partial(answer, "harmful_test", others, config.control_tokens))
+        tests.append(partial(answer, "harmful_test", others, config.controls_end))
     tests.append(partial(answer, "benign_test", unique))
     *_, ships, damage = together(*tests, benign_ships, partial(benign_damage, harmed))
     outcomes = []
@@ -496,17 +496,21 @@ def damage_as_json(outcome: GroupOutcome) -> dict[str, Any] | None:
 
 
 def heads_as_json(
-    vanilla: GroupAnswers, heads: Sequence[GroupAnswers], by_prompt: Mapping[str, HeadScores]
+    vanilla: GroupAnswers, heads: Sequence[GroupAnswers], by_prompt: Mapping[str, HeadScores], as_long: bool = True
 ) -> list[dict[str, Any]]:
-    """The top heads, each alone, with p values corrected over the heads listed."""
-    changes = corrected({alone.group: alone.coherent_change_from(vanilla) for alone in heads})
+    """The top heads, each alone, with p values corrected over the heads listed.
+
+    Answers that are not ``as_long`` as the unablated ones may end before they refuse, and give no change.
+    """
+    changes = corrected({alone.group: alone.coherent_change_from(vanilla) for alone in heads}) if as_long else {}
     entries = []
     for rank, alone in enumerate(heads, start=1):
-        head, change = Head.parse(alone.group), changes[alone.group]
+        head, change = Head.parse(alone.group), changes.get(alone.group)
         means: dict[str, Any] = {"mean_ships": None, "benign_ships": None, "refusal_score": None}
         for name, scores in by_prompt.items():
             means[name] = asdict(skewed_mean(scores.values[:, head.layer, head.index].tolist()))
-        del change["p_bh"]
+        if change is not None:
+            del change["p_bh"]
         asr = {
             "asr": asdict(alone.asr),
             "coherent_asr": asdict(alone.coherent_asr),

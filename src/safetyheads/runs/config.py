@@ -308,6 +308,12 @@ class AuditConfig(RunConfig, AnywayOptions, Thresholds, PositionOptions, SizeOpt
         if self.needed_controls and not self.chosen_size:
             raise InputError("--needed-controls belongs to --chosen-size")
 
+    @property
+    def controls_end(self) -> int | None:
+        """Tokens after which answers of controls end sooner than others; None where they do not."""
+        n_tokens = self.control_tokens
+        return None if n_tokens is None or n_tokens >= self.max_new_tokens else n_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class BesideOptions(Options):

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import scipy  # its modules load on first use
 from numpy.typing import NDArray
 
 from safetyheads.prompts.prompt_set import effective_number
@@ -397,8 +398,9 @@ def needed_answers(evidence: Evidence, thresholds: Thresholds) -> int | None:
     n, count = max(1, evidence.n_answered), evidence.n_broken
     if count / n >= thresholds.most_lost:
         return None
-    needed = n
-    # Losses grow with the prompts, so the bound is looked for again until both agree.
+    # Wilson's bound of that share itself needs as many; losses are whole, and grow with the prompts.
+    spread = float(scipy.special.ndtri(CONFIDENCE)) ** 2 * thresholds.most_lost * (1 - thresholds.most_lost)
+    needed = max(n, math.floor(spread / (thresholds.most_lost - count / n) ** 2))
     while one_sided_bounds(math.ceil(count * needed / n), needed)[1] >= thresholds.most_lost:
         needed += 1
     return needed

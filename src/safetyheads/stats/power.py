@@ -44,7 +44,7 @@ def smallest_change_with_power(
     if n < 0 or tests < 1 or not 0 < alpha < 1 or not 0 <= p0 <= 1:
         raise InputError(f"no power for n={n}, p0={p0}, alpha={alpha}, tests={tests}")
     low, high = 0.0, 1 - p0
-    if _power(n, high, p0, alpha / tests, n_seeds) < POWER:
+    if high == 0 or _power(n, high, p0, alpha / tests, n_seeds) < POWER:
         return None
     while high - low > 1e-6:
         middle = (low + high) / 2

@@ -221,7 +221,7 @@ def _regret_interval(regret: float, redrawn: FloatArray, n: int) -> Interval:
     """
     varies = regret > 1e-12 and np.ptp(redrawn) > 1e-12
     interval = _about(regret, redrawn.tolist(), len(redrawn)) if varies else None
-    return interval or bootstrap_interval(np.full(n, regret))
+    return interval or bootstrap_interval(np.full(n, regret), least=0.0)
 
 
 def _raised(weights: FloatArray, moved: FloatArray) -> NDArray[np.bool_]:

@@ -88,14 +88,26 @@ def paired_difference(
     return PairedDifference(change, interval, n, gained, lost, sign_flip_p(moved.tolist()))
 
 
+_MOST_STEPS = 5040
+"""Ten answers and fewer, in any mixture, are exact; memory grows with the steps."""
+
+
 def _whole_steps(old: FloatArray, new: FloatArray) -> NDArray[np.int64]:
-    """Each prompt's change as a whole number of equal steps [n_prompts], so that equal changes are equal."""
+    """Each prompt's change as a whole number of equal steps [n_prompts], so that equal changes are equal.
+
+    Where prompts have so many different numbers of answers that a step were below 1 / :data:`_MOST_STEPS`, changes are
+    rounded to that.
+    """
     sizes = [(~np.isnan(side)).sum(axis=1) for side in (old, new)]
     steps = math.lcm(*(int(size) for size in np.unique(np.concatenate(sizes))))
+    if steps > _MOST_STEPS:
+        moved: NDArray[np.int64] = np.rint((np.nanmean(new, axis=1) - np.nanmean(old, axis=1)) * _MOST_STEPS).astype(
+            int
+        )
+        return moved
     ones = [np.nansum(side, axis=1).astype(np.int64) for side in (old, new)]
     before, after = (count * (steps // size) for count, size in zip(ones, sizes, strict=True))
-    moved: NDArray[np.int64] = after - before
-    return moved
+    return after - before
 
 
 def sign_flip_p(moved: Sequence[int]) -> float:
