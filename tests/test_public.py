@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,8 @@ def test_charts_are_valid_and_hold_a_mark_for_each_number(values):
     (mapped,), (scattered,) = (chart.to_dict()["datasets"].values() for chart in charts)
     assert len(mapped) == 32
     assert [row["group"] for row in scattered] == ["1-3"]
+    with pytest.raises(InputError, match="nothing to plot"):
+        replace(values["scan"], groups=(), rows=()).plot(values["scores"])
 
 
 def test_texts_mean_what_the_values_mean(demo):

@@ -70,6 +70,8 @@ def chart(kind: Literal["map", "curve", "scatter"], rows: Sequence[Row], x: str,
     """
     import altair  # takes a second
 
+    if not rows:
+        raise InputError("there is nothing to plot: no value is given")
     base = altair.Chart(altair.InlineData([dict(row) for row in rows])).encode(
         tooltip=[altair.Tooltip(field=name, type="nominal") for name in rows[0]]
     )

@@ -50,9 +50,14 @@ def write_atomically(path: Path, content: bytes, replaces: bool = True) -> None:
             if replaces:
                 os.replace(partial, path)
             else:
-                with suppress(FileExistsError):
+                try:
                     os.link(partial, path)
-                partial.unlink()
+                except FileExistsError:
+                    pass
+                except OSError:  # a drive without hard links: two that write at once may both think they were first
+                    if not os.path.lexists(path):
+                        os.replace(partial, path)
+                partial.unlink(missing_ok=True)
             if hasattr(os, "O_DIRECTORY"):  # a rename lasts through a power cut once its folder is synced
                 descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
                 try:

@@ -111,7 +111,8 @@ def test_a_stop_text_and_a_limit_end_an_answer(client, demo):
     word = whole.split()[2]
     stopped = ask(client, prompt, model="none", temperature=0, stop=word).choices[0]
     assert (stopped.message.content, stopped.finish_reason) == (whole[: whole.index(word)], "stop")
-    cut = ask(client, prompt, model="none", temperature=0, max_tokens=2)
+    neutral = {"user": "me", "tool_choice": "none", "extra_body": {"min_tokens": 0, "min_p": None}}
+    cut = ask(client, prompt, model="none", temperature=0, max_tokens=2, **neutral)
     assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 2)
 
 
@@ -120,6 +121,9 @@ def test_a_stop_text_and_a_limit_end_an_answer(client, demo):
     [
         ({"model": "other"}, 404, f"no model 'other'; there are none, {GROUP}, 3-0"),
         ({"top_p": 0.5}, 400, "top_p is not followed here"),
+        ({"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}, 400, "chat_template_kwargs is not"),
+        ({"extra_body": {"stop_token_ids": [5]}}, 400, "stop_token_ids is not followed here"),
+        ({"max_tokens": 0}, 400, "at least one new token"),
         ({"n": 0}, 400, "n lies from 1"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only text"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "the model's context is"),

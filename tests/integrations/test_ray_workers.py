@@ -214,6 +214,8 @@ def test_a_unit_that_fails_in_an_audit_of_a_sweep_goes_back(tmp_path):
         (["--workers", "2"], "--workers, --gpus-per-worker and --judge-workers belong to --ray"),
         (["--ray", "local", "--shard", "1/2"], "--ray and --shard exclude each other"),
         (["--ray", "local", "--workers", "0"], "--workers is at least 1"),
+        (["--ray", "local", "--gpus-per-worker", "nan"], "--gpus-per-worker and --judge-workers not below 0"),
+        (["--ray", "local", "--gpus-per-worker", "inf"], "--gpus-per-worker and --judge-workers not below 0"),
         (["--ray", "local", "--judge-workers", "2"], "--judge-workers hold judge models, and no --judge is one"),
         (["--ray", "local", "--gpus-per-worker", "1"], "--gpus-per-worker belongs to --device cuda"),
         (["--ray", "local", "--device", "cuda"], "--gpus-per-worker belongs to --device cuda"),

@@ -260,8 +260,11 @@ def test_metrics_change_as_their_kind_says():
     assert change.pop("change") == pytest.approx(math.exp(2.0) - math.exp(1.5))
     assert change == {"n": 2} | dict.fromkeys(("interval", "p_value", "gained", "lost", "test"))
     assert metric_change(metric_value(None, old), after, old, new)["change"] is None
-    with pytest.raises(InputError, match="paired samples differ: 2"):
-        metric_change(share, share, by_sample([1, 0]), {"0": 1.0, "other": 0.0})
+    # A sample without a finite value costs its own pair alone.
+    before, after = (metric_value(value, by_sample([0.5, 1.0, 2.0])) for value in (3.5 / 3, None))
+    change = metric_change(before, after, by_sample([0.5, 1.0, 2.0]), {"0": 1.0, "2": 1.0})
+    assert (change["change"], change["n"], change["gained"]) == (-0.25, 2, 1)
+    assert metric_change(share, share, by_sample([1, 0]), {"other": 0.0})["p_value"] is None
 
 
 TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"

@@ -223,6 +223,8 @@ def test_address_key_and_settings_come_from_the_environment(monkeypatch):
     assert endpoint_judge("other").meter is not judge.meter
     monkeypatch.setenv("SAFETYHEADS_JUDGE_MAX_REQUESTS", "many")
     refused("SAFETYHEADS_JUDGE_MAX_REQUESTS cannot be read: 'many'")
+    monkeypatch.setenv("SAFETYHEADS_JUDGE_MAX_REQUEST", "10")
+    refused("_JUDGE_MAX_REQUEST is no setting of a judge behind an endpoint; there is SAFETYHEADS_JUDGE_MAX_REQUESTS")
 
 
 @pytest.mark.parametrize(

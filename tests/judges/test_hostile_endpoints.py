@@ -205,6 +205,18 @@ def test_an_endpoint_that_fails_again_and_again_is_left_alone():
     }
 
 
+def test_a_cap_holds_over_workers_that_count_in_one_file(tmp_path):
+    meters = [Meter() for _ in range(4)]
+    for meter in meters:
+        meter.count_in(tmp_path / "requests")
+    for meter in meters[:3]:
+        meter.count_request(3)
+    for meter in meters:
+        with pytest.raises(Exception, match="request cap"):
+            meter.count_request(3)
+    assert (tmp_path / "requests").stat().st_size == 3  # a higher cap goes on from there
+
+
 def test_a_cap_holds_across_restarts_and_links_are_not_followed(tmp_path):
     with serving(lambda handler: handler.give(chat(GRADES))) as (url, seen):
 

@@ -36,7 +36,8 @@ def test_a_page_is_given_to_its_own_address_and_nothing_else_is(tmp_path: Path) 
         (page, {"Host": own}, 200),
         # Behind a tunnel the port is another.
         (page, {"Host": "127.0.0.1:9", "Origin": "http://127.0.0.1:9"}, 200),
-        (page, {"Host": "attacker.example"}, 403),
+        *((page, {"Host": name}, 403) for name in ("attacker.example", "[", "localhost:[")),
+        ("//[", {}, 403),
         (page, {"Host": own, "Origin": "https://attacker.example"}, 403),
         (page, {"Host": own, "Sec-Fetch-Site": "cross-site"}, 403),
         ("/one%20two/report/index.html", {}, 403),

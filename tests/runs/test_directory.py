@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.files import write_atomically
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.stored_files import content_key
 
@@ -315,6 +316,18 @@ def test_a_damaged_run_lends_nothing_and_stops_no_other(run, tmp_path, caplog):
     run.borrow([tmp_path / "broken", tmp_path / "old", tmp_path / "other"])
     assert run.records("asr", FIELDS, refuse) == [{"n": 1}]
     assert caplog.text.count("Nothing is read from it") == 2
+
+
+def test_what_is_remembered_needs_no_hard_links(run, monkeypatch):
+    def link(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+    assert [run.remember("plan", value) for value in (1, 2)] == [1, 1]
+    (stored,) = (run.path / "remembered").iterdir()
+    content = stored.read_bytes()
+    write_atomically(stored, b"another process's", replaces=False)
+    assert (stored.read_bytes(), len(list(stored.parent.iterdir()))) == (content, 1)
 
 
 def test_a_kill_while_writing_leaves_the_old_file_whole(tmp_path):

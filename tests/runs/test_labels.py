@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -44,9 +45,14 @@ def fill(path, label_of, delimiter=",", encoding="utf-8-sig"):
         writer.writerows(rows)
 
 
-def test_a_sheet_is_random_distinct_and_blind(run, tmp_path):
+def test_a_sheet_is_random_distinct_and_blind(run, tmp_path, monkeypatch):
     path = tmp_path / "sheet.csv"
     known = answers_of(run)
+    monkeypatch.setattr("os.fsync", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_sheet(run, 5, path)
+    monkeypatch.undo()
+    assert not path.exists()  # half a sheet would stand in the way of the next one
     assert write_sheet(run, 5, path) == min(5, len(known))
     rows = sheet(path)
     assert tuple(rows[0]) == COLUMNS  # no group, no verdict

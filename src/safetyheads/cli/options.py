@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -131,7 +132,9 @@ class RunOptions(DirectoryOptions):
             raise InputError("--workers, --gpus-per-worker and --judge-workers belong to --ray")
         if self.ray is not None and self.shard is not None:
             raise InputError("--ray and --shard exclude each other")
-        if (self.workers is not None and self.workers < 1) or not (self.gpus_per_worker >= 0 <= self.judge_workers):
+        if (self.workers is not None and self.workers < 1) or not (
+            math.inf > self.gpus_per_worker >= 0 <= self.judge_workers
+        ):
             raise InputError("--workers is at least 1, and --gpus-per-worker and --judge-workers not below 0")
         return Shard.parse(self.shard, self.wait)
 

@@ -44,13 +44,21 @@ KEY_VARIABLE = "SAFETYHEADS_API_KEY"
 """Environment variable; where it is set, clients have to send its value as their key."""
 HOST = "127.0.0.1"
 _MOST_CHOICES = 64
-# Settings that would change an answer and are not followed, with the values that do nothing.
+# Settings that would change an answer and are not followed, with the values that do nothing; and harmless ones.
 _NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("top_p", "repetition_penalty"), (1,)),
-    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p"), (0,)),
-    **dict.fromkeys(("logprobs", "tools", "functions", "logit_bias", "audio"), (False, [], {})),
+    **dict.fromkeys(("top_p", "repetition_penalty", "length_penalty"), (1,)),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens", "top_logprobs"), (0,)),
+    **dict.fromkeys(("logprobs", "tools", "functions", "logit_bias", "audio", "chat_template_kwargs"), (False, [], {})),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
     "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
 }
+_HARMLESS = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "stream_options", "safety_identifier"),
+        *("parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention"),
+    }
+)
 
 
 class ChatRequest(msgspec.Struct):
@@ -126,11 +134,12 @@ class AblatedChats:
         asked = self.engine.ask(PromptSet((Prompt(query, earlier=earlier),), self.template))
         if not all(stops):
             raise InputError("a stop text cannot be empty")
-        if seed is None:
-            key = (asked.token_ids, group)
-            seed, self._times_asked[key] = self._times_asked[key], self._times_asked[key] + 1
-        sampling = Sampling(top_k or 1 << 30, seed, 1.0 if temperature is None else temperature or 1.0)
         greedy = temperature == 0 or top_k == 1
+        if seed is None:
+            key = (asked.sha256, group)
+            seed = self._times_asked[key]
+            self._times_asked[key] += not greedy
+        sampling = Sampling(top_k or 1 << 30, seed, 1.0 if temperature is None else temperature or 1.0)
         decoding = Decoding(max_new_tokens, GREEDY if greedy else sampling)
         reader = asked.reader._replace(stops=(*asked.reader.stops, *stops))
         return Chat(Request(asked.token_ids[0], group, stop=reader.ends), decoding, reader)
@@ -180,8 +189,8 @@ def read_request(body: bytes) -> ChatRequest:
         request = msgspec.convert(fields, ChatRequest)
     except msgspec.MsgspecError as error:
         raise InputError(first_line(error)) from error
-    for name, neutral in _NOT_FOLLOWED.items():
-        if fields.get(name) is not None and fields[name] not in neutral:
+    for name in fields.keys() - set(ChatRequest.__struct_fields__) - _HARMLESS:
+        if fields[name] is not None and fields[name] not in _NOT_FOLLOWED.get(name, ()):
             raise InputError(f"{name} is not followed here; leave it out")
     if request.n is not None and not 1 <= request.n <= (1 if request.stream else _MOST_CHOICES):
         raise InputError(f"n lies from 1 to {_MOST_CHOICES}, and is 1 in a stream; got {request.n}")
@@ -228,12 +237,13 @@ def chat_app(chats: AblatedChats, config: ServeConfig, key: str | None = None) -
         asked = read_request(await request.body())
         if asked.model not in models:
             raise HTTPException(404, f"no model {asked.model!r}; there are {', '.join(models)}")
+        lengths = (asked.max_completion_tokens, asked.max_tokens, config.max_new_tokens)
         answered = await chats.answers(
             [plain_text(message) for message in asked.messages],
             models[asked.model],
             asked.n or 1,
             asked.seed,
-            max_new_tokens=asked.max_completion_tokens or asked.max_tokens or config.max_new_tokens,
+            max_new_tokens=next(length for length in lengths if length is not None),
             temperature=asked.temperature,
             top_k=asked.top_k,
             stops=[asked.stop] if isinstance(asked.stop, str) else asked.stop or (),

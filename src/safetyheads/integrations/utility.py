@@ -85,16 +85,17 @@ def metric_change(before: Record, after: Record, old: Values, new: Values) -> di
 
     Returns:
         ``change`` (after minus before, in the metric's unit), ``interval`` (95 %: Newcombe's for zeros and ones, else
-        Student's of the mean difference), ``n`` (samples that both have), ``gained`` and ``lost`` (samples whose value
-        rose and fell), ``p_value`` (two-sided, of this comparison alone) and ``test`` (its name); None where it cannot
-        be told.
+        Student's of the mean difference), ``n`` (samples that have a finite value in both), ``gained`` and ``lost``
+        (samples whose value rose and fell), ``p_value`` (two-sided, of this comparison alone) and ``test`` (its name);
+        None where it cannot be told.
     """
-    if old.keys() != new.keys():
-        raise InputError(f"paired samples differ: {len(old.keys() ^ new.keys())} are in one of the two alone")
-    if "whole" in (before["unit"], after["unit"]):
+    shared = [sample for sample in old if sample in new]
+    # A mean that one sample makes infinite is a mean all the same, as the other model's tells.
+    units = {measured["unit"] for measured in (before, after) if measured["value"] is not None}
+    if not units or "whole" in units or not shared:
         change = None if None in (before["value"], after["value"]) else after["value"] - before["value"]
         return {"change": change, "n": before["n"]} | dict.fromkeys(("interval", "gained", "lost", "p_value", "test"))
-    first, second = list(old.values()), [new[sample] for sample in old]
+    first, second = ([values[sample] for sample in shared] for values in (old, new))
     if _BINARY.issuperset([*first, *second]):
         return asdict(paired_difference(first, second)) | {"test": McNEMAR}
     moved = [b - a for a, b in zip(first, second, strict=True)]
@@ -104,7 +105,7 @@ def metric_change(before: Record, after: Record, old: Values, new: Values) -> di
     elif not any(moved):  # No t test can judge differences that do not vary.
         p_value = 1.0
     gained, lost = sum(difference > 0 for difference in moved), sum(difference < 0 for difference in moved)
-    found = {"change": mean.mean, "interval": mean.interval, "n": len(old), "gained": gained, "lost": lost}
+    found = {"change": mean.mean, "interval": mean.interval, "n": len(shared), "gained": gained, "lost": lost}
     return found | {"p_value": p_value, "test": T_TEST}
 
 

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -119,10 +120,12 @@ class Meter:
     def count_request(self, cap: int | None) -> None:
         """Count a request, or raise where it would pass the cap."""
         with self._lock:
-            if cap is not None and self.requests >= cap:
-                raise _NotAsked("request cap")
-            for path in self._files[-1:]:  # other workers of the run count there too
-                self.requests = max(self.requests, _append(path, b"."))
+            # Other workers of the run count in the file too. It is looked at first: what is refused does not count.
+            for content in (b"", b"."):
+                for path in self._files[-1:]:
+                    self.requests = max(self.requests, _append(path, content))
+                if cap is not None and self.requests >= cap:
+                    raise _NotAsked("request cap")
             self.requests += 1
 
     def count_in(self, path: Path) -> None:
@@ -318,11 +321,11 @@ def _append(path: Path, content: bytes) -> int:
         flags = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK"))  # Windows has neither
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | flags, 0o600)
         try:
-            size = os.fstat(descriptor).st_size
             os.write(descriptor, content)
+            # Where this process wrote, whoever else did meanwhile.
+            return os.lseek(descriptor, 0, os.SEEK_CUR if content else os.SEEK_END) - len(content)
         finally:
             os.close(descriptor)
-    return size
 
 
 def _plain(body: str) -> str:
@@ -397,8 +400,14 @@ def endpoint_judge(model: str, reply_tokens: int | None = None) -> EndpointJudge
             f"{key_name if url_name in given else url_name} is missing"
         )
     settings: dict[str, Any] = {}
-    for setting in fields(EndpointSettings):
-        name = f"{SETTING_PREFIX}{setting.name.upper()}"
+    variables = {f"{SETTING_PREFIX}{setting.name.upper()}": setting for setting in fields(EndpointSettings)}
+    for name in given:
+        if name.startswith(SETTING_PREFIX) and name not in (*variables, *ADDRESSES[0]):
+            near = get_close_matches(name, [*variables, *ADDRESSES[0]], 1)
+            raise InputError(
+                f"{name} is no setting of a judge behind an endpoint; there is {', '.join(near or variables)}"
+            )
+    for name, setting in variables.items():
         kind, _, optional = str(setting.type).partition(" | ")
         if optional and given.get(name) == "none":
             settings[setting.name] = None

@@ -28,7 +28,8 @@ def single_step_page(run: RunDirectory, show_completions: bool) -> Page:
     content |= {"answers": None, "show_texts": show_completions}
     if kind == "ships":
         ties = {head: [other for other in tie if other != head] for tie in results["ties"] for head in tie}
-        content["heads"] = [{"ties": ties.get(head["head"], []), **head} for head in results["heads"]]
+        ranked = enumerate(results["heads"], start=1)
+        content["heads"] = [{"rank": rank, "ties": ties.get(head["head"], []), **head} for rank, head in ranked]
         figures, columns = score_figures(_scored(results)), head_columns(_scored(results))
     elif kind == "sahara":
         figures = {"by_size": _by_size(results)}

@@ -107,11 +107,15 @@ def _page_for(folder: Path, token: str, target: str, headers: dict[str, str]) ->
     """The page that a request asks for, or why it gets none."""
     found = {name.lower(): value for name, value in headers.items()}
     origin = found.get("origin")
-    named = [found.get("host", "")] + ([urlsplit(origin).netloc] if origin is not None else [])
-    own = all(urlsplit(f"//{name}").hostname in _NAMES for name in named) and len(set(named)) == 1
+    try:
+        named = [found.get("host", "")] + ([urlsplit(origin).netloc] if origin is not None else [])
+        own = all(urlsplit(f"//{name}").hostname in _NAMES for name in named) and len(set(named)) == 1
+        asked = urlsplit(target).path
+    except ValueError:  # a bracket that opens no address
+        own, asked = False, ""
     if not own or found.get("sec-fetch-site") == "cross-site":
         return HTTPStatus.FORBIDDEN, b"Only pages of this address may ask.\n"
-    given, _, rest = unquote(urlsplit(target).path).lstrip("/").partition("/")
+    given, _, rest = unquote(asked).lstrip("/").partition("/")
     if not secrets.compare_digest(given.encode(), token.encode()):
         return HTTPStatus.FORBIDDEN, b"The address lacks the token that view printed.\n"
     if rest == "":

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.files import as_input_error, canonical_json, read_whole
+from safetyheads.files import canonical_json, read_whole, write_atomically
 from safetyheads.heads import format_heads
 from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import LABELS, Completion, Judge, Label, Verdict, is_final, verdicts_of
@@ -258,12 +258,12 @@ def write_sheet(folder: Path, n: int, path: Path, seed: int = 0) -> int:
     # From sorted names: the order of files must not matter.
     chosen = random.Random(seed).sample(sorted(answers), min(n, len(answers)))
     rows = [(name, answers[name]["query"], answers[name]["text"], "") for name in chosen]
+    sheet = io.StringIO(newline="")
+    writer = csv.writer(sheet)
+    writer.writerow(COLUMNS)
+    writer.writerows([f"'{cell}" if cell.startswith((*_FORMULA, "'")) else cell for cell in row] for row in rows)
     # With a byte order mark, without which spreadsheets read another encoding.
-    with as_input_error(path, "written"), path.open("w", encoding="utf-8-sig", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows([f"'{cell}" if cell.startswith((*_FORMULA, "'")) else cell for cell in row] for row in rows)
-    path.chmod(0o600)
+    write_atomically(path, sheet.getvalue().encode("utf-8-sig"), replaces=False)
     return len(rows)
 
 
