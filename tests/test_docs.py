@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -17,6 +18,8 @@ from safetyheads.measures.subspace import Space
 from safetyheads.prompts.templates import FORMS
 
 ROOT = Path(__file__).parents[1]
+PAGES = [*map(str, ("README.md", *sorted(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))))]
+OTHERS_OPTIONS = {"--install-completion", "--version", "--array", "--find-links", "--extra-index-url"}
 PACKAGE = ROOT / "src" / "safetyheads"
 FILES = {"py", "toml", "md", "txt"}
 PLAIN = {"safetyheads", "check", "MODEL", "make", "python", "module", "function", "or", "results", "json", "src"}
@@ -57,3 +60,14 @@ def test_every_path_and_name_on_a_map_exists(page, places):
     for link in re.findall(r"\]\(([^):#]+)(?:#[^)]*)?\)", text):
         wrong += [link] * (not (ROOT / page).parent.joinpath(link).exists())
     assert wrong == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/decisions.md"])  # a log: it names what is gone
+def test_every_command_on_a_page_parses_and_every_option_exists(page):
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    blocks = "".join(re.findall(r"```\w*\n(.*?)```", text, re.DOTALL))
+    for line in re.findall(r"^safetyheads (.*)", blocks, re.MULTILINE):
+        app.parse_args(shlex.split(line, comments=True), exit_on_error=False, print_error=False)
+    commands = [app[name] for name in app if not name.startswith("-")]
+    known = {name for command in commands for taken in command.assemble_argument_collection() for name in taken.names}
+    assert set(re.findall(r"`(--[a-z][\w-]+)", text)) <= known | OTHERS_OPTIONS

@@ -391,7 +391,7 @@ def download(name: str, wanted: Columns = Columns()) -> tuple[PromptFile, str | 
 
     benchmark, directory = KNOWN_BENCHMARKS[name], cache_directory()
     pooch.get_logger().setLevel(logging.WARNING)  # It prints each checksum; the manifest holds ours.
-    by_hand = f"download {benchmark.url} by hand and pass the path of the file"
+    by_hand = f"download {benchmark.url} by hand and pass {name}=FILE"
     try:
         # The checksum is compared below: authors may correct a file, which is no failure.
         path = Path(pooch.retrieve(benchmark.url, None, benchmark.filename, directory))
