@@ -339,7 +339,7 @@ def _long_tail(results: Results) -> Spec | None:
     legend = alt.Legend(orient="top", title=None, symbolOpacity=1)
     title, layers = charts.titled(f"{scores[name]['label']}, {scores[name]['unit']} (log scale)"), []
     for kind, field in reversed(kinds.items()):
-        y = alt.Y(f"{field}:Q", title=title, scale=alt.Scale(type="log")).axis(format="~g", tickCount=5)
+        y = alt.Y(f"{field}:Q", title=title, scale=alt.Scale(type="log")).axis(format=".0e", tickCount=5)
         points = base.transform_filter(f"datum['{field}'] > 0").encode(y=y)
         mark: dict[str, Any] = {"size": 26, "aria": False, "opacity": 0.85 if kind == HARMFUL else 0.4}
         marks = points.transform_calculate(kind=f"'{kind}'").mark_point(filled=True, **mark)

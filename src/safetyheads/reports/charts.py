@@ -55,7 +55,7 @@ MOST_TILES_WITH_TEXT = 8
 """Columns up to which tiles hold their numbers."""
 MOST_LABELS = 32
 """Tiles across up to which all are labelled."""
-_PICTURE_WIDTH = 560
+_PICTURE_WIDTH = 440
 _NOT_DRAWN = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Pictures are drawn through XML, which has no other characters."""
 _MOST_TOLD = 3
@@ -130,6 +130,16 @@ def _coloured(value: Any) -> Any:
     return value
 
 
+def _longest_name(value: Any) -> int:
+    """Characters of the longest name in a legend, as the page's script counts them."""
+    if isinstance(value, list):
+        return max(map(_longest_name, value), default=0)
+    if not isinstance(value, dict):
+        return 0
+    names = (value.get("scale") or {}).get("domain", ()) if value.get("legend") else ()
+    return max([0, *(len(str(name)) for name in names), *map(_longest_name, value.values())])
+
+
 def pictures(specs: Mapping[str, Spec], columns: Mapping[str, Any]) -> dict[str, str]:
     """Each figure as a PNG in a data address, for browsers that run no JavaScript: the light theme, as on paper."""
     heads: list[dict[str, Any]] = []
@@ -148,7 +158,10 @@ def pictures(specs: Mapping[str, Spec], columns: Mapping[str, Any]) -> dict[str,
     found = {}
     for name, spec in specs.items():
         drawn = _coloured(spec) | {"datasets": {**spec.get("datasets", {}), HEADS: heads}, "background": "#fcfbf8"}
-        drawn |= {"config": {"legend": {"labelLimit": _PICTURE_WIDTH - 60}}}
+        text = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 400}
+        columns_of_legend = max(1, _PICTURE_WIDTH // (34 + 7 * _longest_name(spec)))
+        legend = text | {"labelLimit": _PICTURE_WIDTH - 60, "columns": columns_of_legend}
+        drawn |= {"config": {"axis": text, "legend": legend}} | ({"columns": 2} if "facet" in spec else {})
         drawn |= {"width": _PICTURE_WIDTH} if spec.get("width") == "container" else {}
         png = vl_convert.vegalite_to_png(_drawable(drawn), vl_version=version, scale=1.25)
         found[name] = f"data:image/png;base64,{b64encode(png).decode()}"

@@ -46,7 +46,7 @@ PARTS = {
 ROLES = {
     "refusal": ("frees harmful answers, keeps benign ones", "yes", "--attack", "circle"),
     "mixed": ("frees harmful answers, costs benign ones", "yes", "--fourth", "diamond"),
-    "open": ("frees harmful answers, benign ones not bounded", "yes", "--attack", "triangle-down"),
+    "open": ("frees harmful answers, benign ones unclear", "yes", "--attack", "triangle-down"),
     "over_refusal": ("makes benign prompts refused", "less", "--kept", "square"),
     "damage": ("loses benign answers", "damage", "--third", "triangle-up"),
     "none": ("no change beyond chance", "soft", "--random", "cross"),
@@ -161,8 +161,9 @@ def power_words(results: Results) -> str:
     if least["change"] is None:
         few = f"n = {statistics['n']}{joined} is too few"
         return f"{few}: not even a head that frees every prompt is found in 80 % of runs ({tests})."
-    found = f"one head of {least['tests']:,} is found in 80 % of runs if it raises it by {two(least['change'])}"
-    return f"With n = {least['n']} prompts{joined} {found}; smaller rises are missed more often ({tests})."
+    found = f"one head of {least['tests']:,} is found in 80 % of runs if it raises the coherent ASR"
+    least_words = f"by {two(least['change'])}; smaller rises are missed more often ({tests})."
+    return f"With n = {least['n']} prompts{joined} {found} {least_words}"
 
 
 # Heads.
@@ -369,7 +370,8 @@ def _proxy(results: Results, name: str) -> Spec:
     score, field = results["scores"][name], f"score_{name}"
     # Differences of many orders of magnitude: at equal steps all but a few heads would lie at 0.
     skewed = score["unit"] == "nats"
-    scale = alt.Scale(type="sqrt", nice=False, padding=16) if skewed else alt.Scale(zero=False, padding=16)
+    # Room for names at the edges.
+    scale = alt.Scale(type="sqrt", nice=False, padding=30) if skewed else alt.Scale(zero=False, padding=30)
     rate: Look = {"scale": alt.Scale(domain=[0, 1], nice=False), "axis": alt.Axis(format=".1f", tickCount=6)}
     tooltips = _head_tooltip(results, **{field: (f"{score['label']} ({score['unit']})", ".4~g")})
     x_title = f"{score['unit']}, square-root scale" if skewed else score["unit"]
@@ -377,15 +379,15 @@ def _proxy(results: Results, name: str) -> Spec:
     y_title = "coherent ASR, head ablated alone"
     base = alt.Chart().transform_filter(f"isValid(datum.coherent) && isValid(datum['{field}'])")
     base = base.encode(x=x, y=alt.Y("coherent:Q", title=y_title, **rate), tooltip=tooltips)
-    # Every second name below its point, where there is room: heads of like scores would else overwrite each other.
-    below = "datum.below && datum.coherent > 0.15"
+    # Every second name on the left of its point: heads of like ASR and score would else overwrite each other.
+    names = base.transform_filter("datum.named")
     grey: Look = {"size": 40, "opacity": 0.55, "color": "--random"}
     orange: Look = {"size": 110, "opacity": 1, "color": "--attack"}
     layers = [
         base.transform_filter("!datum.differs").mark_point(filled=True, aria=False, **grey),
         base.transform_filter("datum.differs").mark_point(filled=True, shape="diamond", aria=False, **orange),
-        base.transform_filter(f"datum.named && !({below})").mark_text(dy=-10, **charts.NAME).encode(text="head:N"),
-        base.transform_filter(below).mark_text(dy=14, **charts.NAME).encode(text="head:N"),
+        names.transform_filter("!datum.left").mark_text(align="left", dx=9, **charts.NAME).encode(text="head:N"),
+        names.transform_filter("datum.left").mark_text(align="right", dx=-9, **charts.NAME).encode(text="head:N"),
     ]
     vanilla = results["vanilla"]["harmful"]["coherent_asr"]["rate"]
     if vanilla is not None:
@@ -455,5 +457,5 @@ def head_columns(results: Results) -> dict[str, Any]:
         "bh": [head["head"] for head in heads if head["change"]["p_bh"] < alpha <= head["change"]["p_tarone"]],
         "planted": list(results.get("planted_heads") or ()),
         "named": named,
-        "below": named[1::2],
+        "left": named[1::2],
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -86,24 +87,31 @@ def history_page(history: Mapping[str, Any]) -> Page:
     # The series stand in one order, whichever run comes first.
     rows.sort(key=lambda row: (VANILLA, GROUP, CONCENTRATION).index(row["series"]))
     described = "Attack success and concentration of each run, oldest first"
-    drawn = charts.lines(rows, "run, oldest first", "share of prompts; concentration", described, height=320)
+    measured = "share of prompts" + "; concentration" * any(row["series"] == CONCENTRATION for row in rows)
+    drawn = charts.lines(rows, "run, oldest first", measured, described, height=320)
     folder = Path(history["folder"])
     # A run that is the folder itself has the folder's name.
     places = {entry["name"]: f"{entry['name']}/report/index.html" for entry in history["runs"]}
     pages = {name: quote(place) for name, place in places.items() if (folder / place).is_file()}
     content = {"history": history, "name": folder.resolve().name, "pages": pages}
-    content["sentence"] = _history_in_words(history["runs"])
+    content["sentence"] = _history_in_words(history)
     return render("history.html.j2", content, {}, {}, {"over_runs": drawn})
 
 
-def _history_in_words(entries: Sequence[Mapping[str, Any]]) -> str:
-    """From where to where the unablated model's coherent ASR went, and in how many runs it moved."""
+def _history_in_words(history: Mapping[str, Any]) -> str:
+    """What a sweep's audits found; of other runs, from where to where the unablated model's coherent ASR went."""
+    entries = history["runs"]
     rated = [entry["vanilla_asr"] for entry in entries if entry["vanilla_asr"]["rate"] is not None]
     if not rated:
         return "No run has scored answers of the unablated model."
     ends = [f"{rate_words(of)} ({of['count']} of {of['n']})" for of in (rated[0], rated[-1])]
     changes = [entry["change"]["shown"].split()[:1] for entry in entries if entry["change"]]
     rose, fell = (changes.count([verb]) for verb in ("rose", "fell"))
+    if "comparisons" in history:
+        labels = Counter((entry["verdict"] or "no verdict").replace("_", " ") for entry in entries)
+        found = f"{sum(labels.values())} audits: {', '.join(f'{count} {label}' for label, count in labels.items())}."
+        moved = f" The unablated model’s coherent ASR rose by more than chance in {rose} of {len(changes)} comparisons "
+        return found + f"{moved}with the audit before of the same prompts and ablation, and fell in {fell}." * bool(changes)
     if len(rated) == 1:
         return f"One run: the unablated model’s coherent ASR is {ends[0]}."
     return (
