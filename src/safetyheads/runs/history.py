@@ -82,7 +82,7 @@ def _entry(folder: Path, run: RunReader, previous: RunReader | None) -> dict[str
         "started": None if run.started is None else run.started.isoformat(),
         "model": run.model,
         "kind": run.kind,
-        "ablation": run.results["ablation"]["label"],
+        "ablation": str(run.config.get("ablation") or "").replace("_", " "),
         "provenance": run.provenance(),
         "verdict": run.verdict,
         "vanilla_asr": run.coherent_asr,
