@@ -59,7 +59,7 @@
     }
   };
 
-  const config = (spec, width, panel) => {
+  const config = (spec, width, panel, excess) => {
     const font = getComputedStyle(document.body).fontFamily;
     const text = { labelFont: font, titleFont: font, labelFontSize: 12, titleFontSize: 12, titleFontWeight: 400 };
     const soft = { labelColor: colour("--ink-soft"), titleColor: colour("--ink-soft") };
@@ -74,7 +74,7 @@
       axisX: { labelBound: true },
       legend: {
         ...text, labelColor: colour("--ink"), titleColor: colour("--ink-soft"), rowPadding: 3, columnPadding: 14, offset: 10,
-        symbolSize: 70, columns: columnsOfLegend, labelLimit: width - 110, gradientStrokeColor: colour("--line"),
+        symbolSize: 70, columns: columnsOfLegend, labelLimit: width - 60 - excess, gradientStrokeColor: colour("--line"),
       },
       header: { labelColor: colour("--ink"), labelFont: font, labelLimit: panel },
       facet: { spacing: GAP },
@@ -82,7 +82,7 @@
     };
   };
 
-  const draw = async (place, spec) => {
+  const draw = async (place, spec, excess = 0) => {
     const { panels, least, most, square } = spec.usermeta;
     // A figure by itself may be narrower than its place; panels share it.
     place.classList.toggle("panels", panels > 1);
@@ -91,7 +91,7 @@
     const across = Math.max(1, Math.min(panels, panels === 4 ? 2 : MOST_COLUMNS, Math.floor((width + GAP) / (least + GAP))));
     const full = { ...resolved(spec), datasets: { ...(spec.datasets ?? {}), heads }, ...(panels > 1 ? { columns: across } : {}) };
     const options = {
-      mode: "vega-lite", renderer: "svg", actions: false, config: config(spec, width, width / across - 70),
+      mode: "vega-lite", renderer: "svg", actions: false, config: config(spec, width, width / across - 70, excess),
       // Interprets expressions instead of compiling them, so that the page's policy can forbid eval.
       ast: true, tooltip: { theme: "none" },
     };
@@ -111,6 +111,12 @@
         const panel = Math.min(inner, square ? square[1] * square[2] : most ?? inner);
         if (square) result.view.signal("child_height", panel * square[0] / square[1]);
         await result.view.signal("child_width", panel).resize().runAsync();
+      }
+      // How far a legend of long names begins to the right is known only now, too.
+      const over = Number(place.querySelector("svg").getAttribute("width")) - width;
+      if (over > 1 && !excess) {
+        result.finalize();
+        return await draw(place, spec, over);
       }
       result.view.addEventListener("click", (_, item) => {
         if (item?.datum?.head) document.dispatchEvent(new CustomEvent("head-chosen", { detail: item.datum.head }));
