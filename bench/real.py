@@ -136,13 +136,14 @@ def ours(work: Work) -> float:
 def screened(work: Work) -> float:
     """Seconds of (d)."""
     clock = Clock("cpu")
+    whole = work.pass_of()
     proposal = propose(
         lambda numbers: scorer_of(work.pass_of(numbers), "mean_ships"),
         work.engine.heads,
-        len(work.sequences),
+        whole.least_sure_first,
         work.extent,
     )
-    rank_heads(scorer_of(work.pass_of(), "mean_ships"), proposal.heads)
+    rank_heads(scorer_of(whole, "mean_ships"), proposal.heads)
     seconds = clock.lap()
     work.counted = costs_of(work.engine, work.sequences, proposal)
     return seconds
@@ -200,6 +201,7 @@ def resampled(work: Work, options: argparse.Namespace) -> dict[str, Any]:
         exact = work.pass_of().measure([(head,) for head in heads])["ships"]
         if options.stored is not None:
             torch.save(exact, options.stored)
+    place_of = {prompt: at for at, prompt in enumerate(work.pass_of().least_sure_first)}
     generator, lost, gaps, costs = torch.Generator().manual_seed(0), [], [], []
     for _ in range(options.resamples):
         drawn = torch.randperm(n_all, generator=generator)[:n]
@@ -208,7 +210,8 @@ def resampled(work: Work, options: argparse.Namespace) -> dict[str, Any]:
         def scorer_on(prompts: Sequence[int], own: torch.Tensor = own) -> Callable[[Sequence[Group]], torch.Tensor]:
             return lambda groups: own[[place[head] for (head,) in groups]][:, list(prompts)].mean(dim=1)
 
-        proposal = propose(scorer_on, heads, n, work.extent)
+        order = sorted(range(n), key=lambda at: place_of[int(drawn[at])])
+        proposal = propose(scorer_on, heads, order, work.extent)
         scores, best = own.mean(dim=1).topk(_TOP + 1)
         lost.append(sum(heads[at] not in proposal.candidates for at in best[:_TOP].tolist()))
         gaps.append(float(scores[_TOP - 1] - scores[_TOP]))
@@ -229,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sample", type=int, default=6, help="heads that plain, hooks and generated are timed on")
     parser.add_argument("--scan-every", type=int, default=1, help="scanned takes one head in so many, and is scaled")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer of generated and scanned")
-    parser.add_argument("--candidates", type=int, default=24)
+    parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--sampled", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resamples", type=int, help="draws of 50 prompts out of all")

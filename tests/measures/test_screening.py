@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -11,14 +12,16 @@ from tiny_models import engine_of, prompts_of
 
 from safetyheads import SCALING_CONTRIBUTION, Head, InputError, rank_heads, sahara, screened_ships, ships
 from safetyheads.heads import all_heads
+from safetyheads.measures.head_pass import HeadPass, Readouts
 from safetyheads.measures.sahara import score_heads
-from safetyheads.measures.scorers import mean_ships
+from safetyheads.measures.scorers import ANGLES, mean_ships
 from safetyheads.measures.screening import PROMPTS, Extent, costs_of, missed, propose, screened_sahara
 from safetyheads.model.packing import TokenSequence
 from safetyheads.model.planning import row_sizes
 
 N_HEADS, N_PROMPTS = 48, 30
 HEADS = all_heads(6, 8)
+ORDER = random.Random(0).sample(range(N_PROMPTS), N_PROMPTS)
 ASKED = [
     tuple(int(token) for token in torch.randint(64, (9,), generator=torch.Generator().manual_seed(n))) for n in range(7)
 ]
@@ -52,20 +55,32 @@ def table(seed, spread=1.0):
     return Table(torch.from_numpy(values))
 
 
+@pytest.mark.parametrize("positions", [1, 2])
+def test_prompts_come_in_the_order_of_the_models_sureness(positions):
+    engine, sureness = engine_of("llama_gqa"), []
+    for ids in ASKED:
+        logits = engine.model(torch.tensor([ids])).logits[0, len(ids) - positions :]
+        sureness.append(float(logits.detach().double().log_softmax(-1).amax(-1).mean()))
+    order = sorted(range(len(ASKED)), key=sureness.__getitem__)
+    for readouts in (Readouts(ships=True), Readouts(angles=ANGLES)):
+        sequences = [TokenSequence(ids, positions) for ids in ASKED]
+        assert HeadPass(engine, sequences, SCALING_CONTRIBUTION, readouts).least_sure_first == tuple(order)
+
+
 @pytest.mark.parametrize("group", [(), (Head(2, 3), Head(0, 1))])
 def test_rounds_are_those_written_out(group):
     stored, extent = table(0), Extent(5, 7, seed=3)
-    proposal = propose(stored.on, HEADS, N_PROMPTS, extent, group)
+    proposal = propose(stored.on, HEADS, ORDER, extent, group)
     left, seen = [head for head in HEADS if head not in group], []
-    share = (5 / len(left)) ** (1 / 3)
+    share = (5 / len(left)) ** (1 / 7)  # so many rounds see fewer than 30 prompts
     for number, (heads, prompts) in enumerate(proposal.rounds):
         assert len(heads) == math.ceil((N_HEADS - len(group)) * share**number)
         assert set(heads) == set(left[: len(heads)])
-        assert (len(prompts), set(prompts) & set(seen)) == (PROMPTS[number], set())
+        assert sorted(prompts) == sorted(ORDER[len(seen) : len(seen) + PROMPTS[number]])
         seen += prompts
         score_of = {head: float(stored.on(seen)([(*group, head)])[0]) for head in heads}
         left = sorted(heads, key=lambda head: -score_of[head])
-    assert len(proposal.rounds) == len(PROMPTS)
+    assert len(proposal.rounds) == 7
     assert proposal.candidates == tuple(left[:5])
     others = set(HEADS) - set(proposal.candidates) - set(group)
     assert (proposal.n_others, len(set(proposal.sampled)), set(proposal.sampled) - others) == (len(others), 7, set())
@@ -78,7 +93,7 @@ def test_of_few_prompts_or_many_candidates_the_ranking_is_the_exact_one_bit_for_
     assert torch.equal(shown.scores.values, exact.values)
     assert (shown.missed.at_most, str(shown.missed)) == (0, "every head was scored on all prompts")
     stored = table(1)
-    assert propose(stored.on, HEADS, N_PROMPTS, Extent(99, 5)).heads == HEADS
+    assert propose(stored.on, HEADS, ORDER, Extent(99, 5)).heads == HEADS
     assert stored.asked == 0
 
 
@@ -103,7 +118,7 @@ def test_the_bound_holds_as_often_as_it_says():
     for seed in range(200):
         rng = np.random.default_rng(seed)
         stored = Table(torch.from_numpy(rng.lognormal(0, 1, (N_HEADS, N_PROMPTS))))
-        proposal = propose(stored.on, HEADS, N_PROMPTS, Extent(4, 12, seed=seed))
+        proposal = propose(stored.on, HEADS, ORDER, Extent(4, 12, seed=seed))
         exact = score_heads(stored.whole, (), HEADS, HEADS)
         shown = missed(score_heads(stored.whole, (), proposal.heads, HEADS), proposal, 4)
         threshold = min(exact[head] for head in proposal.candidates)
@@ -119,7 +134,7 @@ def test_the_bound_holds_as_often_as_it_says():
 
 def test_no_sample_bounds_nothing():
     stored = table(2)
-    proposal = propose(stored.on, HEADS, N_PROMPTS, Extent(3, 0))
+    proposal = propose(stored.on, HEADS, ORDER, Extent(3, 0))
     shown = missed(score_heads(stored.whole, (), proposal.heads, HEADS), proposal, 3)
     assert shown.at_most == shown.n_others == N_HEADS - 3
     assert str(shown).startswith("none of the 45 other heads was sampled")
@@ -128,10 +143,10 @@ def test_no_sample_bounds_nothing():
 @pytest.mark.parametrize("once", [False, True])
 def test_a_search_scores_only_what_is_proposed_given_the_group_so_far(once):
     stored, extent = table(3), Extent(4, 2, once=once)
-    trace, proposals, bounds = screened_sahara(stored.whole, stored.on, HEADS, N_PROMPTS, 3, extent)
+    trace, proposals, bounds = screened_sahara(stored.whole, stored.on, HEADS, ORDER, 3, extent)
     cost = N_PROMPTS * (extent.n_groups(N_HEADS, N_PROMPTS, 3) + extent.n_screened(N_HEADS, N_PROMPTS, 3))
     assert 0.8 * cost < stored.asked <= cost
-    first = propose(stored.on, HEADS, N_PROMPTS, extent)
+    first = propose(stored.on, HEADS, ORDER, extent)
     for number, (step, proposal) in enumerate(zip(trace.steps, proposals, strict=True)):
         group = trace.group[:number]
         if once and number:
@@ -139,7 +154,7 @@ def test_a_search_scores_only_what_is_proposed_given_the_group_so_far(once):
                 candidates=tuple(h for h in first.candidates if h not in group), sampled=(), rounds=()
             )
         else:
-            expected = propose(stored.on, HEADS, N_PROMPTS, extent, group)
+            expected = propose(stored.on, HEADS, ORDER, extent, group)
         assert proposal == expected
         assert {head for head, _ in step.ranked()} == set(proposal.heads)
         assert trace.group[number] == max(
@@ -147,7 +162,7 @@ def test_a_search_scores_only_what_is_proposed_given_the_group_so_far(once):
         )
         assert bounds[number] == missed(step, proposal, 1)
     # Among all candidates it is the search.
-    trace, _, bounds = screened_sahara(stored.whole, stored.on, HEADS, N_PROMPTS, 3, Extent(99, 0))
+    trace, _, bounds = screened_sahara(stored.whole, stored.on, HEADS, ORDER, 3, Extent(99, 0))
     assert trace.group == sahara(stored.whole, HEADS, 3).group
     assert [bound.n_others for bound in bounds] == [0, 0, 0]
 
@@ -160,7 +175,9 @@ def test_costs_are_those_of_the_passes_that_are_run():
         rows = row_sizes(chosen, engine.plan(chosen))
         return engine.costs.forward_flops(rows) + sum(engine.costs.replay_flops(rows, head.layer) for head in heads)
 
-    proposal = propose(lambda prompts: lambda groups: torch.arange(len(groups)), engine.heads, len(ASKED), Extent(3, 2))
+    proposal = propose(
+        lambda prompts: lambda groups: torch.arange(len(groups)), engine.heads, range(len(ASKED)), Extent(3, 2)
+    )
     exact, rounds = flops(range(7), engine.heads), sum(flops(prompts, heads) for heads, prompts in proposal.rounds)
     costs = costs_of(engine, sequences, proposal)
     assert costs["screening"] == pytest.approx(rounds / exact)

@@ -422,7 +422,7 @@ def _timed(lab: Lab, subject: Subject) -> list[Row]:
         )
 
     # A quarter of the heads at most, so that there is something to screen.
-    extent = Extent(n_candidates=min(32, n_heads // 4 or 1), n_sampled=min(64, n_heads // 4))
+    extent = Extent(n_candidates=min(16, n_heads // 4 or 1), n_sampled=min(32, n_heads // 4))
     ways: list[tuple[str, str, int, int, Callable[[], Any]]] = [
         (
             "screened score pass",

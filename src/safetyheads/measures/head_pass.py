@@ -161,9 +161,16 @@ class HeadPass:
         self._captures = list(engine.captured(sequences, (), ablation, self.plan))
         hidden = engine.replayed(self._captures, [()], ablation, engine.n_layers - 1)[0]
         self.unablated: dict[str, Tensor] = {}
-        if readouts.ships or readouts.openers or readouts.targets:
-            log_probabilities = torch.cat(list(next_token_log_probabilities(engine, hidden)))
-            self.unablated["log_probabilities"] = log_probabilities
+        reads_next, kept, highest = bool(readouts.ships or readouts.openers or readouts.targets), [], []
+        for some in next_token_log_probabilities(engine, hidden):
+            highest.append(some.amax(dim=-1))
+            kept += [some] * reads_next
+        sureness = self._by_prompt(torch.cat(highest)[None])[0]
+        self.least_sure_first: tuple[int, ...] = tuple(sureness.argsort(stable=True).tolist())
+        """Numbers of the prompts by the log-probability of the unablated model's likeliest next token, lowest first; of
+        several wanted tokens their mean."""
+        if reads_next:
+            log_probabilities = self.unablated["log_probabilities"] = torch.cat(kept)
             if readouts.openers:
                 self.unablated["log_odds"] = log_odds(log_probabilities[first_wanted(sequences)], readouts.openers)
         for angle in readouts.angles:

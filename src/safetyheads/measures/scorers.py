@@ -177,9 +177,10 @@ def screened_ships(
         chosen = [sequences[number] for number in numbers]
         return scorer_of(HeadPass(engine, chosen, ablation, Readouts(ships=True)), "mean_ships")
 
-    proposal = propose(scorer_on, engine.heads, len(sequences), extent or Extent())
+    whole = HeadPass(engine, sequences, ablation, Readouts(ships=True))
+    proposal = propose(scorer_on, engine.heads, whole.least_sure_first, extent or Extent())
     heads = all_heads(engine.n_layers, engine.n_heads)
-    table = score_heads(scorer_on(range(len(sequences))), (), proposal.heads, heads)
+    table = score_heads(scorer_of(whole, "mean_ships"), (), proposal.heads, heads)
     return Rescored(table, proposal, missed(table, proposal, top))
 
 

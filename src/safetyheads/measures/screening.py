@@ -1,8 +1,9 @@
 """Screening: finds the best heads without scoring all of them on all prompts.
 
-All heads are scored on a few prompts. The best of them are scored on further prompts, and so on (successive halving);
-those that are left, the candidates, are scored on all. A random sample of the others is scored on all prompts too: how
-many of the sample belong among the best bounds how many of all the others do.
+All heads are scored on a prompt. The best of them are scored on further prompts, and so on (successive halving); those
+that are left, the candidates, are scored on all. Prompts on which the unablated model is least sure of its next token
+come first: there ablations move it furthest, and so most of a mean lies. A random sample of the others is scored on all
+prompts too: how many of the sample belong among the best bounds how many of all the others do.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 ScorerOn: TypeAlias = Callable[[tuple[int, ...]], GroupScorer]
 """Gives the scorer on some of the prompts, by number."""
 
-PROMPTS = (4, 6, 10)
+PROMPTS = (1, 1, 2, 2, 4, 6, 6, 8)
 """Prompts that each round adds; each leaves the same share of its heads. bench/LOG.md, 2026-11-30, has the trials."""
 
 
@@ -48,12 +49,12 @@ class Round(NamedTuple):
 class Extent(Shown):
     """How many heads a screening scores on all prompts."""
 
-    n_candidates: int = 32
+    n_candidates: int = 16
     """Heads that are left after the rounds on few prompts."""
-    n_sampled: int = 64
+    n_sampled: int = 32
     """Heads drawn at random from the others."""
     seed: int = 0
-    """Of the prompts of each round and of the sample."""
+    """Of the sample."""
     once: bool = False
     """Whether the candidates of a search's first step serve its later steps too, which are then not screened."""
 
@@ -77,27 +78,23 @@ class Extent(Shown):
 
     def n_screened(self, of: int, n_prompts: int, steps: int = 1) -> float:
         """What the rounds of such a search cost, as a number of heads that are scored on all prompts."""
-        scored = sum(n_heads * len(prompts) for n_heads, prompts in self.rounds(of, n_prompts))
+        scored = sum(n_heads * n_added for n_heads, n_added in self.rounds(of, n_prompts))
         return (1 if self.once else steps) * scored / n_prompts
 
     def n_rounds(self, of: int, n_prompts: int, steps: int = 1) -> int:
         """Rounds of such a search."""
         return (1 if self.once else steps) * len(self.rounds(of, n_prompts))
 
-    def rounds(self, n_heads: int, n_prompts: int) -> list[tuple[int, tuple[int, ...]]]:
-        """Of each round: how many heads are scored, and the numbers of the prompts that it adds.
+    def rounds(self, n_heads: int, n_prompts: int) -> list[tuple[int, int]]:
+        """Of each round: how many heads are scored, and how many prompts it adds.
 
-        Rounds end while there are prompts that none has; of few prompts all heads are scored on all.
+        Rounds end while there are prompts that none has; of a single prompt all heads are scored on it.
         """
-        ends = [end for end in accumulate(PROMPTS) if end < n_prompts]
-        if self.n_candidates >= n_heads or not ends:
+        n_rounds = sum(end < n_prompts for end in accumulate(PROMPTS))
+        if self.n_candidates >= n_heads or not n_rounds:
             return []
-        order = random.Random(self.seed).sample(range(n_prompts), n_prompts)
-        share = (self.n_candidates / n_heads) ** (1 / len(ends))
-        return [
-            (math.ceil(n_heads * share**number), tuple(sorted(order[start:end])))
-            for number, (start, end) in enumerate(pairwise((0, *ends)))
-        ]
+        share = (self.n_candidates / n_heads) ** (1 / n_rounds)
+        return [(math.ceil(n_heads * share**number), n_added) for number, n_added in enumerate(PROMPTS[:n_rounds])]
 
 
 class Proposal(NamedTuple):
@@ -145,18 +142,21 @@ class Missed:
         return f"{sample}: {bound}. That bounds how many, not which: an exact top needs another sample"
 
 
-def propose(scorer_on: ScorerOn, heads: Sequence[Head], n_prompts: int, extent: Extent, group: Group = ()) -> Proposal:
+def propose(
+    scorer_on: ScorerOn, heads: Sequence[Head], order: Sequence[int], extent: Extent, group: Group = ()
+) -> Proposal:
     """The best heads beside the ``group``, by rounds on few prompts, and a random sample of the others.
 
-    Where no rounds are due all heads are candidates.
+    ``order`` numbers all prompts, those that the first rounds see first. Where no rounds are due all heads are
+    candidates.
     """
-    left, totals, rounds = tuple(head for head in heads if head not in group), torch.zeros(()), []
-    everyone, due = set(left), extent.rounds(len(left), n_prompts)
-    for n_heads, prompts in due:
-        left = left[:n_heads]
+    left, totals, rounds, start = tuple(head for head in heads if head not in group), torch.zeros(()), [], 0
+    everyone, due = set(left), extent.rounds(len(left), len(order))
+    for n_heads, n_added in due:
+        left, prompts = left[:n_heads], tuple(sorted(order[start : start + n_added]))
         rounds.append(Round(left, prompts))
-        totals = totals + len(prompts) * score_heads(scorer_on(prompts), group, sorted(left), heads).values
-        left = HeadScores(totals).top(len(left))
+        totals = totals + n_added * score_heads(scorer_on(prompts), group, sorted(left), heads).values
+        left, start = HeadScores(totals).top(len(left)), start + n_added
     candidates = left[: extent.n_candidates] if rounds else left
     others = sorted(everyone.difference(candidates))
     drawn = random.Random(extent.seed).sample(others, min(extent.n_sampled, len(others)))
@@ -176,14 +176,14 @@ def screened_sahara(
     scorer: GroupScorer,
     scorer_on: ScorerOn,
     heads: Sequence[Head],
-    n_prompts: int,
+    order: Sequence[int],
     steps: int,
     extent: Extent,
 ) -> tuple[SearchTrace, tuple[Proposal, ...], tuple[Missed, ...]]:
     """Algorithm 1 with a screening before each step, or the first.
 
-    ``scorer_on`` finds candidates, ``scorer`` scores them on all prompts. Of each step, the proposal and how many heads
-    may beat the best candidate.
+    ``scorer_on`` finds candidates by prompts in this ``order``; ``scorer`` scores them on all prompts. Of each step,
+    the proposal and how many heads may beat the best candidate.
     """
     proposals: list[Proposal] = []
 
@@ -192,7 +192,7 @@ def screened_sahara(
             left = tuple(head for head in proposals[0].candidates if head not in group)
             proposals.append(proposals[0]._replace(candidates=left, sampled=(), rounds=()))
         else:
-            proposals.append(propose(scorer_on, heads, n_prompts, extent, group))
+            proposals.append(propose(scorer_on, heads, order, extent, group))
         return proposals[-1].heads
 
     trace = sahara(scorer, heads, steps, narrow)

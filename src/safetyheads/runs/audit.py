@@ -298,11 +298,10 @@ def screened_search(
 ) -> tuple[SearchTrace, tuple[Proposal, ...], list[dict[str, Any]]]:
     """Sahara over a set with a screening before each step, and of each step what was screened, as results hold it."""
     heads, extent = run.engine.heads, extent_of(run.config)
-    scorer_on = run.scorer_on(name, measuring, score)
-    n_prompts, size = len(measuring.sequences), run.config.size
-    with run.progress.track("searching groups", extent.n_groups(len(heads), n_prompts, size)) as done:
+    (scorer_on, order), size = run.screening(name, measuring, score), run.config.size
+    with run.progress.track("searching groups", extent.n_groups(len(heads), len(order), size)) as done:
         scorer = scorer_of(measuring, score, done)
-        trace, proposals, bounds = screened_sahara(scorer, scorer_on, heads, n_prompts, size, extent)
+        trace, proposals, bounds = screened_sahara(scorer, scorer_on, heads, order, size, extent)
     return trace, proposals, [screening_as_json(*step) for step in zip(proposals, bounds, strict=True)]
 
 

@@ -193,13 +193,13 @@ class ScreenOptions(Options):
     screen: bool = False
     """Score all heads on a few prompts, the best of these on more, and so on; only those left are scored on all."""
     candidates: int | None = None
-    """Heads that are left to be scored on all prompts. Default: 32."""
+    """Heads that are left to be scored on all prompts. Default: 16."""
     sample: int | None = None
-    """Other heads that are scored on all prompts, drawn at random; they bound what was missed. Default: 64."""
+    """Other heads that are scored on all prompts, drawn at random; they bound what was missed. Default: 32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size, candidates = getattr(self, "size", 1), 32 if self.candidates is None else self.candidates
+        size, candidates = getattr(self, "size", 1), 16 if self.candidates is None else self.candidates
         if getattr(self, "screen_once", False) and candidates < size:
             raise InputError(f"--screen-once leaves {candidates} candidates for {size} steps; --candidates sets more")
         for name in ("candidates", "sample", "screen_once"):

@@ -283,8 +283,12 @@ class Run(Generic[Config]):
         by_prompt = [readout for readout in ("ships", "refusal_score") if readout in values]
         return head_pass, {readout: head_pass.table(readout, values[readout], heads) for readout in by_prompt}
 
-    def scorer_on(self, name: str, whole: HeadPass, score: Score) -> ScorerOn:
-        """What a screening for a score measures on some prompts of a set, of which ``whole`` is a pass; it is kept."""
+    def screening(self, name: str, whole: HeadPass, score: Score) -> tuple[ScorerOn, list[int]]:
+        """What a screening for a score measures on some prompts of a set, and their order; both are kept.
+
+        ``whole`` is a pass over the set. The order is that of the process that asks first.
+        """
+        order = self.directory.remember(f"least_sure_first_{name}", whole.least_sure_first)
         score = Score(score.screened_by)
 
         def scorer_on(prompts: tuple[int, ...]) -> GroupScorer:
@@ -298,7 +302,7 @@ class Run(Generic[Config]):
 
             return scores
 
-        return scorer_on
+        return scorer_on, list(order)
 
     def damage(self, name: str, groups: Sequence[Group], ablation: Ablation, n_tokens: int) -> dict[Group, Damage]:
         """What each group does to the model's own answers to a set, teacher-forced over their first ``n_tokens``."""

@@ -66,8 +66,8 @@ def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
     heads, screened = None, dict[str, Any]()
     if config.screen:
         measuring = run.head_pass("harmful", ablation, readouts, config.positions)
-        scorer_on = run.scorer_on("harmful", measuring, Score("mean_ships"))
-        proposal = propose(scorer_on, run.engine.heads, len(measuring.sequences), extent_of(config))
+        scorer_on, order = run.screening("harmful", measuring, Score("mean_ships"))
+        proposal = propose(scorer_on, run.engine.heads, order, extent_of(config))
         heads, costs = proposal.heads, costs_of(run.engine, measuring.sequences, proposal)
         run.progress.say(f"{len(heads)} of {len(run.engine.heads)} heads are scored on all prompts: {_said(costs)}")
     _, tables = run.scored("harmful", ablation, readouts, config.positions, heads)
