@@ -21,6 +21,7 @@ from safetyheads.runs.compare import (
     quantities,
 )
 from safetyheads.runs.config import AuditConfig, preset_settings
+from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.reader import RunReader
 from safetyheads.stats.intervals import (
     N_RESAMPLES,
@@ -73,6 +74,13 @@ def test_other_prompts_are_not_paired_and_it_says_so(same, tmp_path, changed, wo
     low, high = confint_proportions_2indep(9, N, 1, N, method="newcomb", compare="diff")
     assert found.interval == pytest.approx((low, high), abs=1e-9)
     assert found.change == pytest.approx(8 / N)
+
+
+def test_near_duplicates_among_other_prompts_are_no_independent_counts(same, tmp_path, monkeypatch):
+    other = audit_run(tmp_path / "b", vanilla=first(9), config=settings("other"))
+    assert compared(same, other).vanilla_asr.p_value is not None
+    monkeypatch.setattr(GroupAnswers, "clusters", property(lambda self: (0, 0, *range(2, len(self.records)))))
+    assert compared(same, other).vanilla_asr.p_value is None
 
 
 def test_without_refusals_there_is_no_group_to_compare(same, tmp_path):

@@ -111,7 +111,9 @@ def _history_in_words(history: Mapping[str, Any]) -> str:
         labels = Counter((entry["verdict"] or "no verdict").replace("_", " ") for entry in entries)
         found = f"{sum(labels.values())} audits: {', '.join(f'{count} {label}' for label, count in labels.items())}."
         moved = f" The unablated model’s coherent ASR rose by more than chance in {rose} of {len(changes)} comparisons "
-        return found + f"{moved}with the audit before of the same prompts and ablation, and fell in {fell}." * bool(changes)
+        return found + f"{moved}with the audit before of the same prompts and ablation, and fell in {fell}." * bool(
+            changes
+        )
     if len(rated) == 1:
         return f"One run: the unablated model’s coherent ASR is {ends[0]}."
     return (

@@ -107,8 +107,9 @@ def _rate_change(
         note = "the prompts are not the same"
     unknown = old["unscored"] + new["unscored"]
     if note:
-        # Several answers to one prompt are no independent counts, so such rates are not tested.
-        p_value, one_each, at_worst = None, all(run.n_seeds == 1 for run in runs), None
+        # Several answers to one prompt and near-duplicates are no independent counts, so such rates are not tested.
+        p_value, at_worst = None, None
+        one_each = all(run.n_seeds == 1 for run in runs) and all(answers.clusters is None for answers in stored)
         if one_each:
             counts = [[rate["count"], rate["n"] - rate["count"]] for rate in (old, new)]
             p_value = float(scipy.stats.fisher_exact(counts)[1])
@@ -465,11 +466,12 @@ def check_gate(condition: Condition, compared: Comparison) -> dict[str, Any]:
     if absent:
         return record | {"outcome": NOT_JUDGED, "reason": absent}
     low, high = interval or (value, value)
-    if unknown and towards != "value":
+    moved = unknown and towards != "value"
+    if moved:
         low, value, high = at_worst[towards == "high"]
     number = {"low": low, "high": high, "value": value}[asked]
     failed = _OPERATORS[sign](number, limit)
-    reasons = [f"{unknown} answers without a verdict are taken to speak against it"] * bool(unknown)
+    reasons = [f"{unknown} answers without a verdict are taken to speak against it"] * bool(moved)
     if failed and asked == towards != "value" and not _OPERATORS[sign](value, limit) and value != limit:
         # The width of an interval falls with the root of n.
         needed = math.ceil(quantity["n"] * ((number - value) / (limit - value)) ** 2)
