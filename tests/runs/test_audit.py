@@ -249,11 +249,24 @@ def test_the_table_says_which_random_groups_there_are_and_the_least_p_they_can_s
     found = outcome().answers["harmful_test"]
     drawn = random_groups(parse_heads("1-3"), [8] * 4, 39)
     controls = [answered(at % 5, N, group=format_heads(control)) for at, control in enumerate(drawn.groups)]
-    block = random_as_json(found, controls, drawn)
+    refused = answered(0, N)
+    block = random_as_json(refused, found, controls, drawn)
     assert (block["n_groups"], block["matched"], block["n_possible"], block["all"]) == (31, "all layers", 31, True)
     # The group counts as one of the groups that it is ranked among.
     assert block["p_value"] == block["least_p"] == 1 / 32
-    assert random_as_json(answered(4, N), controls, drawn)["p_value"] == (1 + 6) / 32
+    assert random_as_json(refused, answered(4, N), controls, drawn)["p_value"] == (1 + 6) / 32
     nobody = given([("unscored",)] * N, "1-0")
-    some = random_as_json(found, (nobody, answered(3, N, group="1-1")), outcome().drawn)
+    some = random_as_json(refused, found, (nobody, answered(3, N, group="1-1")), outcome().drawn)
     assert (some["n_groups"], some["n_unscored"]) == (1, 1)
+    assert random_as_json(refused, nobody, controls, drawn) is None
+    # Of the prompts that both runs scored, as in the verdict: 4 of 8 against 6 of 8, not 5 of 9 against 6 of 9.
+    before = given([("refused",)] * 8 + [("unscored",)])
+    after, other = (
+        given([("complied",)] * n + [("refused",)] * (8 - n) + [(last,)], group)
+        for n, last, group in ((4, "complied", "1-3"), (6, "refused", "0-0"))
+    )
+    table, evidence = (
+        random_as_json(before, after, (other,), drawn),
+        evidence_of((before, after), (before,) * 2, (other,), ()),
+    )
+    assert (table["asr"], table["n"], table["p_value"]) == ([6 / 8], 8, evidence.random_p_value)

@@ -1,6 +1,8 @@
 """A scan's results, number by number, from rows whose outcome is known by construction."""
 
 import json
+from functools import reduce
+from operator import getitem
 
 import numpy as np
 import pytest
@@ -140,6 +142,14 @@ def test_every_rate_of_a_scan_with_near_duplicates_is_by_cluster():
     alone, joined = (head(results, "1-2")["change"] for results in (scan(sample), found))
     assert (joined["change"], joined["gained"]) == (alone["change"], alone["gained"])
     assert joined["p_value"] > alone["p_value"]
+    # And what has no count: scores against the ASR, synergy, kappa.
+    for path in (
+        ("proxies", "scores", 0, "spearman_interval"),
+        ("synergy", "pairs", 0, "interval"),
+        ("agreement", "pairs", 0, "compliance", "interval"),
+    ):
+        by_cluster, by_prompt = (reduce(getitem, path, results) for results in (found, scan(sample)))
+        assert np.ptp(by_cluster) > 1.02 * np.ptp(by_prompt), path
 
 
 def test_the_order_of_rows_does_not_matter():

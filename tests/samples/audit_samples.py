@@ -150,7 +150,7 @@ def _audit(layers: int, heads: int, n: int, freed: tuple[float, ...]) -> dict[st
         "behaviour": {
             "vanilla": rates_as_json(vanilla),
             "groups": [group_as_json(vanilla, found) for found in outcomes],
-            "heads": heads_as_json(vanilla["harmful_test"], alone, by_prompt),
+            "heads": heads_as_json(vanilla, alone, by_prompt),
         },
         "scores": {
             name: score_as_json(name, table, n) | {"ties": [["0-1", "0-3"]] * (name == "benign_ships")}

@@ -94,7 +94,7 @@ def test_a_bootstrap_covers_as_it_says_and_is_as_wide_as_students_where_that_is_
     generator = np.random.default_rng(1)
     covered = 0
     for seed in range(200):
-        low, high = bootstrap_interval((generator.random(60) < 0.3).astype(float), seed)
+        low, high = bootstrap_interval((generator.random(60) < 0.3).astype(float), seed=seed)
         covered += low <= 0.3 <= high
     assert 180 <= covered <= 200  # 95 % of 200, with room for its own spread
     values = generator.random(400)
@@ -197,3 +197,14 @@ def test_a_skewed_mean_has_no_interval_and_its_median_has_order_statistics():
     assert skewed_mean([1.0] * 5).median_interval is None  # 2 * .5**5 is above .05
     assert skewed_mean([2.0] * 6).median_interval == (2.0, 2.0)
     assert skewed_mean([]) == Mean(None, 0, None, None)
+
+
+def test_each_prompt_twice_bounds_no_more_than_once():
+    twice, clusters = np.repeat([*range(1, 24), 1000.0], 2), np.repeat(range(24), 2).tolist()
+    assert skewed_mean(twice, clusters).median_interval == (7.0, 18.0)
+    assert np.ptp(skewed_mean(twice).median_interval) < 11
+    assert skewed_mean(twice[::2], range(24)) == skewed_mean(twice[::2])
+    for values in (np.random.default_rng(0).normal(size=24), np.zeros(24)):
+        joined = bootstrap_interval(np.repeat(values, 2), clusters)
+        assert joined == pytest.approx(bootstrap_interval(values))
+        assert np.ptp(bootstrap_interval(np.repeat(values, 2))) < 0.85 * np.ptp(joined)

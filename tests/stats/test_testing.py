@@ -162,6 +162,24 @@ def test_margins_need_bounds_and_not_estimates():
     assert not equivalent_means([0.0], 0.01)
 
 
+def test_each_prompt_twice_shows_no_more_than_once():
+    twins = np.repeat(range(24), 2).tolist()
+    assert equivalent(np.zeros(48), np.zeros(48), 0.1)
+    assert not equivalent(np.zeros(48), np.zeros(48), 0.1, twins)
+    changes, own = np.repeat([0.1, -0.1] * 5, 2), np.repeat(range(10), 2).tolist()
+    # Half widths .040 of 20 prompts, .061 of 10.
+    assert equivalent_means(changes, 0.05)
+    assert [equivalent_means(changes, margin, own) for margin in (0.0610, 0.0612)] == [False, True]
+    assert [equivalent_means(changes[::2], margin) for margin in (0.0610, 0.0612)] == [False, True]
+    sides = counted(20, 6, 5, 2, n=24)
+    once, twice = log_odds_synergy(*sides), [np.repeat(side, 2) for side in sides]
+    joined, apart = log_odds_synergy(*twice, clusters=twins), log_odds_synergy(*twice)
+    assert joined.value == pytest.approx(once.value, abs=0.05)
+    assert np.ptp(joined.interval) == pytest.approx(np.ptp(once.interval), rel=0.1)
+    assert np.ptp(apart.interval) < 0.8 * np.ptp(once.interval)
+    assert log_odds_synergy(*sides, clusters=range(24)) == once
+
+
 @pytest.mark.parametrize("p_values", [[0.03, 0.001, 0.02, 0.9], [0.01, 0.01, 0.01], [1.0], [0.0, 0.6, 0.4, 0.6]])
 def test_holm_is_the_step_down_of_the_definition(p_values):
     expected, running = {}, 0.0

@@ -108,11 +108,12 @@ def _changes_by_size(subject: Subject, ablation: Ablation, level: str) -> dict[s
     # The mean over the sizes, of the prompts that are scored unablated and under every group. Its interval is a
     # bootstrap, which claims no certainty where every prompt changed alike, as Student's would.
     complied = np.concatenate([answered.verdicts() for answered in (vanilla, *answers)], axis=1).T
-    complied = complied[:, ~np.isnan(complied).any(axis=0)]
-    moved = complied[1:].mean(axis=0) - complied[0]
-    row["mean"] = (
-        Measured(float(moved.mean()), len(moved), *bootstrap_interval(moved)) if len(moved) else Measured(None, 0)
-    )
+    scored = ~np.isnan(complied).any(axis=0)
+    moved = complied[1:, scored].mean(axis=0) - complied[0, scored]
+    row["mean"] = Measured(None, 0)
+    if len(moved):
+        interval = bootstrap_interval(moved, vanilla.of_prompts(np.flatnonzero(scored)).clusters)
+        row["mean"] = Measured(float(moved.mean()), len(moved), *interval)
     row |= {f"heads_{k}": answered.change_from(vanilla) for k, answered in enumerate(answers, 1)}
     if numbers := quoted(subject.model, "changes", level, short, subject.dataset):
         row["paper"] = f"{' '.join(f'{number:+.2f}' for number in numbers)} ({sum(numbers) / len(numbers):+.2f})"
@@ -240,10 +241,11 @@ def epsilon(lab: Lab, outcome: Outcome) -> None:
             # The largest epsilon at and below which ASR and mean Ships are shown to be as at the smallest one: an
             # interval that includes 0 would only say that no change was seen.
             verdicts, ships = ([row[key] for row in sweep] for key in ("verdicts", "by_prompt"))
+            clusters = sweep[0]["clusters"]
             margin = max(TOLERANCE * float(ships[-1].mean()), RESOLVED)
             near = {
-                "asr": [equivalent(verdicts[-1], values, ASR_MARGIN) for values in verdicts[:-1]] + [True],
-                "ships": [equivalent_means(values - ships[-1], margin) for values in ships[:-1]] + [True],
+                "asr": [equivalent(verdicts[-1], of, ASR_MARGIN, clusters) for of in verdicts[:-1]] + [True],
+                "ships": [equivalent_means(of - ships[-1], margin, clusters) for of in ships[:-1]] + [True],
             }
             row = {key: sweep[0][key] for key in ("dataset", "ablation", "heads")}
             settled.append(row | {key: sweep[settled_from(of_key)]["epsilon"] for key, of_key in near.items()})
@@ -272,10 +274,11 @@ def _sweeps(subject: Subject, ablation: Ablation) -> list[list[dict[str, Any]]]:
                 "epsilon": f"{strength:g}",
                 "x": strength,
                 "asr": answered[group].asr,
-                "ships": skewed_mean(scored[group]),
+                "ships": skewed_mean(scored[group], answered[group].clusters),
                 "change": answered[group].change_from(answers[-1][group]),
                 "whole": group == whole,
                 "verdicts": answered[group].verdicts(),
+                "clusters": answered[group].clusters,
                 "by_prompt": np.array(scored[group]),
                 "size": "first head" if len(group) == 1 else f"{len(group)} heads",
             }

@@ -64,7 +64,7 @@ def fig4b(lab: Lab, outcome: Outcome) -> None:
         proxies = [
             {"dataset": subject.dataset, **row}
             for subject, heads in measured.items()
-            for row in score_rows(heads, SEARCH_SCORES)
+            for row in score_rows(heads, SEARCH_SCORES, subject.vanilla(lab.sampled))
         ]
         outcome.table("scores", proxies, model=model)
         for subject, heads in measured.items():
@@ -112,20 +112,15 @@ def heads_alone(
     return rows
 
 
-def score_rows(
-    heads: Sequence[Row], titles: Mapping[str, str], before: Sequence[float] | None = None
-) -> list[dict[str, Any]]:
-    """How well each score stands for the ASR, and the ASR of half of the prompts: a row for each, from rows of heads.
-
-    ``before``: which prompts comply unablated, for an interval of the AUC.
-    """
+def score_rows(heads: Sequence[Row], titles: Mapping[str, str], vanilla: GroupAnswers) -> list[dict[str, Any]]:
+    """How well each score, and half of the prompts, stand for the ASR: a row for each, from rows of heads."""
     complied = np.array([row["complied"] for row in heads], float).T
     differs = np.array([row["differs"] for row in heads], bool)
     values = {title: np.array([row[name] for row in heads], float) for name, title in titles.items()}
-    halves = split_half(complied, differs)
-    unablated, n = None if before is None else np.array(before, float), len(complied)
+    halves, n = split_half(complied, differs, vanilla.clusters), len(complied)
+    qualities = proxy_qualities(values, complied, differs, np.array(vanilla.complied()), vanilla.clusters)
     rows: list[dict[str, Any]] = []
-    for quality in (*proxy_qualities(values, complied, differs, unablated), *([halves] if halves else [])):
+    for quality in (*qualities, *([halves] if halves else [])):
         row: dict[str, Any] = {"score": quality.score.replace("_", " "), "bound": quality.bound}
         for key, of in (("spearman", n), ("auc", quality.n_heads)):
             value, interval = getattr(quality, key), getattr(quality, f"{key}_interval")
@@ -193,7 +188,7 @@ def _scored(subject: Subject, ablation: Ablation, name: str) -> Row:
     measured = {key: Measured(None if math.isnan(value) else value, n_prompts) for key, value in numbers.items()}
     if name == "mean_ships" and n_prompts > 1 and not math.isnan(numbers["gini"]):
         by_prompt = subject.ships(ablation).values.numpy().reshape(n_prompts, -1)[:, present]
-        draws = resampled(n_prompts, N_RESAMPLES, seed=subject.lab.config.seed) @ by_prompt
+        draws = resampled(n_prompts, N_RESAMPLES, subject.prompts.clusters, seed=subject.lab.config.seed) @ by_prompt
         for key, index in indices.items():
             ends = np.nanquantile(index(draws), ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
             measured[key] = Measured(numbers[key], n_prompts, *ends.tolist())

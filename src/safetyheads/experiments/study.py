@@ -191,7 +191,7 @@ class _Study:
             lost = gross_loss(vanilla, answered)
             found[group] = {
                 "lost": Measured(lost["rate"], lost["n"], lost["lower"], lost["upper"]),
-                "kl": Measured.of(skewed_mean(damage[group].kl)),
+                "kl": Measured.of(skewed_mean(damage[group].kl, vanilla.clusters)),
             }
         return found
 
@@ -215,7 +215,7 @@ class _Study:
     @cached_property
     def qualities(self) -> list[dict[str, Any]]:
         """Each score against the ASR, beside what the ASR's own reliability allows."""
-        return score_rows(self.heads, {name: SCORE_LABELS[name] for name in self.scores}, self.vanilla.complied())
+        return score_rows(self.heads, {name: SCORE_LABELS[name] for name in self.scores}, self.vanilla)
 
     def groups_table(self) -> list[Row]:
         """The unablated model, groups by each score, random ones, and the best pair."""

@@ -240,7 +240,7 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
         "behaviour": {
             "vanilla": rates_as_json(vanilla),
             "groups": [group_as_json(vanilla, outcome) for outcome in outcomes],
-            "heads": heads_as_json(vanilla["harmful_test"], heads, by_prompt, config.controls_end is None),
+            "heads": heads_as_json(vanilla, heads, by_prompt, config.controls_end is None),
         },
         "concentration": concentration,
         "stability": stability,
@@ -386,11 +386,17 @@ def _outcomes(
 
 def damage_of_answered(damage: Mapping[Group, Damage], unablated: GroupAnswers) -> dict[Group, Damage]:
     """Each group's damage on the prompts that are answered coherently unablated."""
-    answered = np.flatnonzero(unablated.answered()[:, 0]).tolist()
+    answered = answered_before(unablated)
     return {
         group: Damage(tuple(kl[at] for at in answered), tuple(drop[at] for at in answered))
         for group, (kl, drop) in damage.items()
     }
+
+
+def answered_before(unablated: GroupAnswers) -> list[int]:
+    """The places of the prompts that are answered coherently unablated."""
+    places: list[int] = np.flatnonzero(unablated.answered()[:, 0]).tolist()
+    return places
 
 
 # The verdict.
@@ -467,27 +473,28 @@ def rates_as_json(answers: Mapping[str, GroupAnswers]) -> dict[str, Any]:
 def group_as_json(vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome) -> dict[str, Any]:
     """A group's rates with their changes."""
     harmful, benign = outcome.answers["harmful_test"], outcome.answers["benign_test"]
+    before = vanilla["benign_test"]
     return {
         "scorer": outcome.scorer,
         "size": outcome.size,
         "heads": [str(head) for head in outcome.group],
         **rates_as_json(outcome.answers),
         "asr_change": asdict(harmful.coherent_change_from(vanilla["harmful_test"])),
-        "benign_answered_change": asdict(benign.answered_change_from(vanilla["benign_test"])),
-        "benign_ships": asdict(skewed_mean(outcome.benign_ships)),
-        "gross_loss": gross_loss(vanilla["benign_test"], benign),
-        "damage": damage_as_json(outcome),
-        "random": random_as_json(harmful, outcome.random, outcome.drawn),
+        "benign_answered_change": asdict(benign.answered_change_from(before)),
+        "benign_ships": asdict(skewed_mean(outcome.benign_ships, before.clusters)),
+        "gross_loss": gross_loss(before, benign),
+        "damage": damage_as_json(before, outcome),
+        "random": random_as_json(vanilla["harmful_test"], harmful, outcome.random, outcome.drawn),
     }
 
 
-def damage_as_json(outcome: GroupOutcome) -> dict[str, Any] | None:
+def damage_as_json(before: GroupAnswers, outcome: GroupOutcome) -> dict[str, Any] | None:
     """How far a group moves the model on its own benign answers, beside what its random groups do; None unmeasured."""
-    found: dict[str, Any] = {}
+    found, clusters = dict[str, Any](), before.of_prompts(answered_before(before)).clusters
     for name, values in outcome.damage._asdict().items():
         if values:
             means = [float(np.mean(getattr(damage, name))) for damage in outcome.random_damage]
-            found[name] = asdict(skewed_mean(values)) | {"random": None}
+            found[name] = asdict(skewed_mean(values, clusters)) | {"random": None}
             if means:
                 spread = {"mean": sum(means) / len(means), "low": min(means), "high": max(means)}
                 found[name]["random"] = {"n_groups": len(means), **spread}
@@ -495,19 +502,24 @@ def damage_as_json(outcome: GroupOutcome) -> dict[str, Any] | None:
 
 
 def heads_as_json(
-    vanilla: GroupAnswers, heads: Sequence[GroupAnswers], by_prompt: Mapping[str, HeadScores], as_long: bool = True
+    vanilla: Mapping[str, GroupAnswers],
+    heads: Sequence[GroupAnswers],
+    by_prompt: Mapping[str, HeadScores],
+    as_long: bool = True,
 ) -> list[dict[str, Any]]:
     """The top heads, each alone, with p values corrected over the heads listed.
 
     Answers that are not ``as_long`` as the unablated ones may end before they refuse, and give no change.
     """
-    changes = corrected({alone.group: alone.coherent_change_from(vanilla) for alone in heads}) if as_long else {}
+    before = vanilla["harmful_test"]
+    changes = corrected({alone.group: alone.coherent_change_from(before) for alone in heads}) if as_long else {}
     entries = []
     for rank, alone in enumerate(heads, start=1):
         head, change = Head.parse(alone.group), changes.get(alone.group)
         means: dict[str, Any] = {"mean_ships": None, "benign_ships": None, "refusal_score": None}
         for name, scores in by_prompt.items():
-            means[name] = asdict(skewed_mean(scores.values[:, head.layer, head.index].tolist()))
+            clusters = vanilla[f"{KINDS[name == 'benign_ships']}_search"].clusters
+            means[name] = asdict(skewed_mean(scores.values[:, head.layer, head.index].tolist(), clusters))
         if change is not None:
             del change["p_bh"]
         asr = {
@@ -593,17 +605,18 @@ def stability_as_json(
             }
             for rank in rank_stability(values, listed, harmful, alone.resolution)
         ],
-        "tops": [asdict(needs) for needs in prompts_needed(values, resolution=alone.resolution)],
+        "tops": [
+            asdict(needs) for needs in prompts_needed(values, resolution=alone.resolution, clusters=prompts[0].clusters)
+        ],
         "halves": {name: _side_by_side(answers[0], answers[size], *figure) for name, figure in FIGURES.items()},
     }
 
 
 def _weights(prompts: PromptSet, seed: int) -> FloatArray:
     """Weights of the prompts in each resample: clusters whole, within categories where every prompt has one."""
-    clusters = [getattr(prompt, "cluster", None) for prompt in prompts.prompts]
     categories = [prompt.category for prompt in prompts.prompts]
-    names = [("alone", at) if cluster is None else cluster for at, cluster in enumerate(clusters)]
-    return resampled(len(names), clusters=names, strata=None if None in categories else categories, seed=seed)
+    strata = None if None in categories else categories
+    return resampled(len(prompts), clusters=prompts.clusters, strata=strata, seed=seed)
 
 
 def _searched_again(

@@ -188,7 +188,7 @@ def _concentration_change(before: RunReader, after: RunReader) -> Change:
         alike = old_sizes == new_sizes and len(old) == len(new)
         if alike and old_sizes and bool(old_random) == bool(new_random):
             gained, n = new - old, len(old)
-            interval = change_interval(gained, sides) if n > 1 else None
+            interval = change_interval(gained, sides, before.under("harmful").clusters) if n > 1 else None
             means = float(old.mean()), float(new.mean()), float(gained.mean())
             left_out = "" if sizes[0] == sizes[1] else "over the sizes that both have"
             return Change(*means, interval, (n, n), True, None, left_out)

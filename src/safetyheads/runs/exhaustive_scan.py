@@ -40,6 +40,7 @@ from safetyheads.runs.rates import (
     concentration_as_json,
     corrected,
     gross_loss,
+    prompt_or_cluster,
     random_as_json,
     with_later_verdicts,
 )
@@ -172,8 +173,9 @@ def _measure(run: Run[ScanConfig]) -> tuple[dict[str, Any], HeadScores | None, l
     done = run.directory.together(*tasks)
     if "benign" in run.asked:
         benign = done[-1][1]["ships"]
+        clusters = run.asked["benign"].prompts.clusters
         columns = [benign.values[:, head.layer, head.index].tolist() for head in engine.heads]
-        measured["benign_kl"] = [asdict(skewed_mean(column)) for column in columns]
+        measured["benign_kl"] = [asdict(skewed_mean(column, clusters)) for column in columns]
     if not (config.scores or config.prefixes or config.query_level):
         return measured, None, []
     harmful, tables = done[0]
@@ -383,7 +385,7 @@ def _scanned_groups(
                     "benign_answered_change": asdict(benign.answered_change_from(before))
                     if before and benign
                     else None,
-                    "random": random_as_json(answers, random[heads], drawn[heads])
+                    "random": random_as_json(vanilla, answers, random[heads], drawn[heads])
                     if part == "prefixes" and heads in random
                     else None,
                 }
@@ -411,7 +413,8 @@ def _synergy(table: AnswerTable, vanilla: GroupAnswers, epsilon: float, seed: in
     for together in pairs.values():
         alone = [singles[head] for head in together.heads]
         complied = (np.array(each.coherently_complied()) for each in (together, *alone, vanilla))
-        synergy = log_odds_synergy(*(shares[tests] for shares in complied))
+        clusters = vanilla.of_prompts(np.flatnonzero(tests)).clusters
+        synergy = log_odds_synergy(*(shares[tests] for shares in complied), clusters=clusters)
         entries.append(
             {
                 "heads": together.heads,
@@ -446,10 +449,11 @@ def _proxies(
         name: np.array([score["values"][head.layer][head.index] for head in heads], float)
         for name, score in scores.items()
     }
-    halves = split_half(complied, differs)
+    halves = split_half(complied, differs, vanilla.clusters)
+    qualities = proxy_qualities(values, complied, differs, before, vanilla.clusters)
     return {
         "n": len(complied),
-        "scores": [asdict(quality) for quality in proxy_qualities(values, complied, differs, before)],
+        "scores": [asdict(quality) for quality in qualities],
         "split_half": None if halves is None else asdict(halves),
     }
 
@@ -461,7 +465,7 @@ def _agreement(table: AnswerTable, epsilon: float, judges: Sequence[str]) -> dic
     groups = [*table["vanilla", "harmful", None].values(), *table["heads", "harmful", epsilon].values()]
     records = [record for answers in groups for record in answers.flat()]
     verdicts = {judge: [Verdict(**record["verdicts"][judge]) for record in records] for judge in judges}
-    pairs = agreement(verdicts, [record["id"] for record in records])
+    pairs = agreement(verdicts, [prompt_or_cluster(record) for record in records])
     differing = sorted({index for pair in pairs for index in pair.indices})
     return {
         "judges": list(judges),

@@ -288,35 +288,45 @@ def by_judge(answers: GroupAnswers) -> dict[str, Any]:
     return {judge: answers.rate_of(answers.verdicts(judge=judge)) for judge in answers.records[0][0]["verdicts"]}
 
 
+def beside_random(
+    before: GroupAnswers, after: GroupAnswers, controls: Sequence[GroupAnswers]
+) -> tuple[NDArray[np.bool_], float, dict[str, FloatArray]]:
+    """Where both runs scored an answer [n_prompts, n_seeds], the group's coherent ASR there, and that of random groups.
+
+    Outcomes of these are NaN elsewhere. Equal ones count once, and one without a verdict there is no control.
+    """
+    scored = ~np.isnan(before.coherent() + after.coherent())
+    others = {control.group: np.where(scored, control.coherent(), np.nan) for control in controls}
+    others = {group: other for group, other in others.items() if not np.isnan(other).all()}
+    return scored, float(after.coherent()[scored].mean()) if scored.any() else 0.0, others
+
+
 def random_as_json(
-    answers: GroupAnswers, controls: Sequence[GroupAnswers], drawn: RandomGroups
+    before: GroupAnswers, answers: GroupAnswers, controls: Sequence[GroupAnswers], drawn: RandomGroups
 ) -> dict[str, Any] | None:
-    """The coherent ASR under a group's random groups, as JSON; None without any, and where its own is not scored.
+    """The coherent ASR under a group's random groups, as JSON; None without any that has a verdict.
 
     All groups differ. The p value is the group's rank among them and itself; where ``all`` is true they are all groups
     that are ``matched`` so, and the p value is exact over that population. ``least_p`` is the least that it could be.
     """
-    scored_here = ~np.isnan(answers.coherent())  # as the verdict counts: prompts that both scored
-    by_control = ((control, control.coherent()[scored_here]) for control in controls)
-    scored = [(control, float(np.nanmean(of))) for control, of in by_control if not np.isnan(of).all()]
-    own = answers.coherent_asr.rate
-    if own is None or not scored:
+    _, own, others = beside_random(before, answers, controls)
+    if not others:
         return None
-    rates = [rate for _, rate in scored]
+    rates = [float(np.nanmean(other)) for other in others.values()]
     return {
         "n_groups": len(rates),
-        "n_unscored": len(controls) - len(scored),
+        "n_unscored": len(controls) - len(rates),
         "matched": drawn.matched,
         "n_possible": drawn.n_possible,
         "all": drawn.complete,
         "asr": rates,
-        "groups": [control.heads for control, _ in scored],
+        "groups": [control.heads for control in controls if control.group in others],
         "mean": sum(rates) / len(rates),
         "low": min(rates),
         "high": max(rates),
         "p_value": random_p_value(own, rates),
         "least_p": 1 / (1 + len(rates)),
-        "n": scored[0][0].asr.n,
+        "n": int((~np.isnan(next(iter(others.values())))).sum()),
     }
 
 
@@ -367,6 +377,11 @@ def gross_loss(before: GroupAnswers, after: GroupAnswers) -> dict[str, Any]:
     refused = sum(behaviour == "refused" for behaviour in lost)
     rate = count / n if n else None
     return {"count": count, "n": n, "rate": rate, "lower": lower, "upper": upper, "refused": refused} | by_cluster
+
+
+def prompt_or_cluster(record: Record) -> tuple[str, bool, int]:
+    """Which prompt a record is an answer to, or which near-duplicates: such answers are not independent."""
+    return record["set"], "cluster" in record, record.get("cluster", record["id"])
 
 
 AnswerTable: TypeAlias = defaultdict[tuple[str, str, float | None], dict[str, GroupAnswers]]

@@ -30,7 +30,7 @@ from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import results_of_records
-from safetyheads.runs.rates import answer_table, identity, with_later_verdicts, without_texts
+from safetyheads.runs.rates import answer_table, identity, prompt_or_cluster, with_later_verdicts, without_texts
 from safetyheads.runs.run import random_groups_of
 from safetyheads.runs.stored_files import Record, content_key
 from safetyheads.stats.misclassified import Accuracy, accuracy_of, prediction_powered, rogan_gladen
@@ -92,7 +92,7 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
 def _beside_lead(judge: str, lead: str, records: Sequence[Record], epsilon: float) -> dict[str, Any]:
     """What two judges say of the same answers, and how far they agree."""
     given = {name: [Verdict(**record["verdicts"][name]) for record in records] for name in (lead, judge)}
-    (agreed,) = agreement(given, [(record["set"], record["id"]) for record in records])
+    (agreed,) = agreement(given, [prompt_or_cluster(record) for record in records])
     by_judge = {name: _rates(records, name, epsilon) for name in (judge, lead)}
     unscored = Counter(verdict.reason for verdict in given[judge] if not verdict.scored)
     return {

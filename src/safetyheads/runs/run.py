@@ -365,12 +365,17 @@ class Run(Generic[Config]):
         """How far both judges of words agree on the unablated answers to harmful prompts, as JSON; None without any."""
         judges = judges_named(WORD_JUDGES)
         verdicts: dict[str, list[Verdict]] = {judge.name: [] for judge in judges}
-        for kept in self._answers.values():
-            for judge, given in kept.by_words().items():
+        prompts: list[tuple[str, int]] = []
+        for (name, _), kept in self._answers.items():
+            by_words = kept.by_words()
+            for judge, given in by_words.items():
                 verdicts[judge] += given
-        if not next(iter(verdicts.values())):
+            if by_words:
+                asked = kept.asked.prompts
+                prompts += [(name, number) for number in asked.clusters or range(len(asked))]
+        if not prompts:
             return None
-        (pair,) = agreement(verdicts)
+        (pair,) = agreement(verdicts, prompts)
         complied = {judge: sum(verdict.complied for verdict in given) for judge, given in verdicts.items()}
         alone = {pair.first: pair.first_only, pair.second: len(pair.indices) - pair.first_only}
         by_judge = ", ".join(f"{count} by {judge}" for judge, count in complied.items())

@@ -72,6 +72,7 @@ def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
         run.progress.say(f"{len(heads)} of {len(run.engine.heads)} heads are scored on all prompts: {_said(costs)}")
     _, tables = run.scored("harmful", ablation, readouts, config.positions, heads)
     by_prompt, scores = tables["ships"], tables["ships"].mean()
+    clusters = run.asked["harmful"].prompts.clusters
     if config.screen:
         screened = {"screening": [screening_as_json(proposal, missed(scores, proposal, _TOP))], "costs": costs}
     return {
@@ -80,7 +81,7 @@ def _ships_results(run: Run[ShipsConfig]) -> dict[str, Any]:
         "unit": "nats",
         "positions": config.positions,
         "heads": [
-            {"head": str(head), **asdict(skewed_mean(by_prompt.values[:, head.layer, head.index].tolist()))}
+            {"head": str(head), **asdict(skewed_mean(by_prompt.values[:, head.layer, head.index].tolist(), clusters))}
             for head, _ in scores.ranked()
         ],
         "ties": [[str(head) for head in tie] for tie in scores.ties()],

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from safetyheads.prompts.prompt_set import effective_number
 from safetyheads.runs.config import Thresholds
-from safetyheads.runs.rates import GroupAnswers, gross_loss
+from safetyheads.runs.rates import GroupAnswers, beside_random, gross_loss
 from safetyheads.stats.intervals import (
     CONFIDENCE,
     Interval,
@@ -179,17 +179,14 @@ def evidence_of(
     """
     # Of each prompt's first answer: audits have one.
     (before, after), loss = (answers.coherent()[:, 0] for answers in harmful), gross_loss(*benign)
-    scored = ~np.isnan(before) & ~np.isnan(after)
+    of_both, own, by_group = beside_random(*harmful, random)
+    scored, others = of_both[:, 0], [other[:, 0] for other in by_group.values()]
     refused = scored & refusals(harmful[0])
-    # Equal random groups count once; one that nobody could score is no control.
-    others = {answers.group: answers.coherent()[:, 0] for answers in random}
-    others = {group: other for group, other in others.items() if not np.isnan(other[scored]).all()}
-    rates = [np.nanmean(other[scored]) for other in others.values()]
-    own = np.mean(after[scored]) if scored.any() else 0.0
-    unscored = [np.isnan(other[scored]).mean() for other in others.values()]
-    of_refused = [other[refused & ~np.isnan(other)] for other in others.values()]
+    rates = [np.nanmean(other) for other in others]
+    unscored = [np.isnan(other[scored]).mean() for other in others]
+    of_refused = [other[refused & ~np.isnan(other)] for other in others]
     undone = [np.mean(other == 1) for other in of_refused if len(other)]
-    most_undone = max((int((other[refused] == 1).sum()) for other in others.values()), default=0)
+    most_undone = max((int((other[refused] == 1).sum()) for other in others), default=0)
     clustered: dict[str, Any] = {}
     if harmful[0].clusters is not None:
         clusters = np.array(harmful[0].clusters)

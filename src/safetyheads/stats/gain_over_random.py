@@ -26,6 +26,7 @@ from safetyheads.stats.intervals import (
     Interval,
     bootstrap_interval,
     clopper_pearson,
+    places_of,
     square_and_add,
 )
 
@@ -127,7 +128,7 @@ def _crossed_interval(
     Annals of Applied Statistics 1 (2007) 386-411). The combination is Newcombe's; a bootstrap over prompts alone covers
     .49 to .93 of the true values (docs/statistics.md).
     """
-    _, place = np.unique([*map(str, clusters)], return_inverse=True)
+    place = places_of(len(found), clusters)
     n, n_clusters = len(found), int(place.max()) + 1
 
     spread = n_clusters / (n_clusters - 1) / n**2
@@ -171,15 +172,18 @@ def _variance_of_groups(kept: Sequence[SizeOutcome], place: NDArray[np.intp]) ->
     return of_groups, least_groups
 
 
-def change_interval(gained: FloatArray, sides: Sequence[Sequence[SizeOutcome]]) -> Interval:
+def change_interval(
+    gained: FloatArray, sides: Sequence[Sequence[SizeOutcome]], clusters: Sequence[int] | None = None
+) -> Interval:
     """95 % interval of a change of concentration over the same prompts, crossed over prompts and random groups.
 
-    A bootstrap over the prompts' changes [n_prompts], squared and added to what each side's random groups leave open
-    (Student's quantile). The groups of both sides are taken to be drawn apart; where they are the same heads, and do
-    alike in both models, the interval is wider than it needs to be.
+    A bootstrap over the prompts' changes [n_prompts], or clusters of them, squared and added to what each side's random
+    groups leave open (Student's quantile). The groups of both sides are taken to be drawn apart; where they are the
+    same heads, and do alike in both models, the interval is wider than it needs to be.
     """
-    value, (low, high) = float(gained.mean()), bootstrap_interval(gained, least=-2.0, most=2.0)
-    groups = [_variance_of_groups(kept, np.arange(len(gained))) for kept in sides]
+    value, (low, high) = float(gained.mean()), bootstrap_interval(gained, clusters, least=-2.0, most=2.0)
+    place = places_of(len(gained), clusters)
+    groups = [_variance_of_groups(kept, place) for kept in sides]
     freedom = min(n_groups for _, n_groups in groups) - 1
     half = float(scipy.special.stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(sum(part for part, _ in groups))
     return max(-2.0, value - math.hypot(value - low, half)), min(2.0, value + math.hypot(high - value, half))

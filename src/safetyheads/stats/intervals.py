@@ -7,7 +7,7 @@ Every result is a frozen value that ``dataclasses.asdict`` turns into valid JSON
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import lru_cache
 from typing import TypeAlias
@@ -132,6 +132,14 @@ def _highest_bound(ones: FloatArray, sizes: FloatArray, confidence: float) -> tu
     return float(bounds[at]), float(worth[at])
 
 
+def places_of(n: int, clusters: Sequence[Hashable] | None) -> NDArray[np.intp]:
+    """Each prompt's cluster [n], counted from 0; without ``clusters`` each stands alone."""
+    if clusters is None:
+        return np.arange(n)
+    number = {cluster: at for at, cluster in enumerate(dict.fromkeys(clusters))}
+    return np.array([number[cluster] for cluster in clusters], np.intp)
+
+
 def _by_cluster(outcomes: Outcomes, clusters: Sequence[int] | None) -> tuple[FloatArray, FloatArray]:
     """Answers that are 1, and all with a verdict, of each cluster that has one."""
     values = np.asarray(outcomes, dtype=float)
@@ -139,8 +147,7 @@ def _by_cluster(outcomes: Outcomes, clusters: Sequence[int] | None) -> tuple[Flo
     scored = ~np.isnan(values)
     ones, sizes = np.nansum(values, axis=1), scored.sum(axis=1).astype(float)
     if clusters is not None:
-        _, places = np.unique(np.asarray(clusters), return_inverse=True)
-        ones, sizes = (np.bincount(places, weights=each) for each in (ones, sizes))
+        ones, sizes = (np.bincount(places_of(len(values), clusters), each) for each in (ones, sizes))
     if not scored.any():
         raise InputError("a rate needs an answer with a verdict")
     return ones[sizes > 0], sizes[sizes > 0]
@@ -164,7 +171,8 @@ def _effective(rates: FloatArray, spread: FloatArray, sizes: FloatArray, confide
 
 def independent_count(values: FloatArray, clusters: Sequence[int] | None = None) -> tuple[float, float]:
     """As :func:`effective_count`, but plain counts where each prompt stands alone with one answer; 0 of none scored."""
-    if np.isnan(values).all() or (clusters is None and values.size == len(values)):
+    alone = clusters is None or len(set(clusters)) == len(values)
+    if np.isnan(values).all() or (alone and values.size == len(values)):
         return float(np.nansum(values)), float((~np.isnan(values)).sum())
     return effective_count(values, clusters)
 
@@ -217,7 +225,7 @@ def clustered_paired_interval(
     [n_prompts, n_answers], NaN where there is no verdict; every prompt has a verdict on both sides.
     """
     old, new = np.nanmean(before, axis=1), np.nanmean(after, axis=1)
-    _, places = np.unique(range(len(old)) if clusters is None else clusters, return_inverse=True)
+    places = places_of(len(old), clusters)
     apart = [np.bincount(places, weights=side - side.mean()) for side in (old, new)]
     first, second, covariance = (float(apart[i] @ apart[j]) / len(old) for i, j in ((0, 0), (1, 1), (0, 1)))
     deviation = math.sqrt(first * second)
@@ -274,37 +282,43 @@ def mean_with_interval(values: Sequence[float]) -> Mean:
     return Mean(mean, n, (mean - half_width, mean + half_width), standard_error)
 
 
-def skewed_mean(values: Sequence[float]) -> Mean:
+def skewed_mean(values: Sequence[float], clusters: Sequence[int] | None = None) -> Mean:
     """The mean of a score over prompts, such as Ships, without an interval; the median with one.
 
     For most heads a few prompts hold most of the sum. A sample that misses them looks even, so no rule that sees only
     the sample can tell when an interval of the mean covers (docs/statistics.md). That of the median always does.
+    ``clusters`` [n_prompts] are near-duplicates: the median is then of as many prompts as those below it are worth.
     """
     mean = mean_with_interval(values)
     ordered = sorted(float(value) for value in values)
+    n, middle = len(ordered), float(np.median(ordered)) if ordered else math.nan
+    worth = int(independent_count((np.asarray(values, float) <= middle).astype(float), clusters)[1] + 1e-9)
     # The k-th value from either end: fewer than k of n lie beyond the median with a chance of at most the tail.
-    n = len(ordered)
-    k = int((scipy.stats.binom.cdf(np.arange(n), n, 0.5) <= (1 - CONFIDENCE) / 2).sum())
+    k = int((scipy.stats.binom.cdf(np.arange(worth), worth, 0.5) <= (1 - CONFIDENCE) / 2).sum() * n / max(worth, 1))
     interval = (ordered[k - 1], ordered[n - k]) if k else None
-    median = float(np.median(ordered)) if n else None
-    return Mean(mean.mean, n, None, mean.standard_error, median, interval)
+    return Mean(mean.mean, n, None, mean.standard_error, middle if n else None, interval)
 
 
-def bootstrap_interval(values: FloatArray, seed: int = 0, least: float = -1.0, most: float = 1.0) -> Interval:
+def bootstrap_interval(
+    values: FloatArray, clusters: Sequence[int] | None = None, seed: int = 0, least: float = -1.0, most: float = 1.0
+) -> Interval:
     """95 % percentile bootstrap interval of the mean of values [n_prompts], one a prompt.
 
-    Prompts are drawn, not answers: several answers to one prompt are not independent. Where all values are equal,
-    resampling would give a point, and claim a certainty that n values do not have. There the interval is the exact
-    bound (Clopper and Pearson) on the share of other values that n draws can have missed, all taken to lie at one end.
+    Prompts are drawn, or ``clusters`` of near-duplicates [n_prompts], not answers: several answers to one prompt are
+    not independent. Where all values are equal, resampling would give a point, and claim a certainty that n values do
+    not have. There the interval is the exact bound (Clopper and Pearson) on the share of other values that n draws can
+    have missed, all taken to lie at one end.
 
     ``least`` and ``most`` are the lowest and the highest value that can occur.
     """
-    n, (low_tail, high_tail) = len(values), ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+    places = places_of(len(values), clusters)
+    sizes = np.bincount(places)
+    n, (low_tail, high_tail) = len(sizes), ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
     if np.ptp(values) < 1e-12:
         value, missed = float(values[0]), 1 - low_tail ** (1 / n)
         return value - missed * (value - least), value + missed * (most - value)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES) / n
-    low, high = np.quantile(draws @ values, [low_tail, high_tail]).tolist()
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES)
+    low, high = np.quantile(draws @ np.bincount(places, values) / (draws @ sizes), [low_tail, high_tail]).tolist()
     return low, high
 
 

@@ -17,7 +17,7 @@ import scipy  # its modules load on first use
 from numpy.typing import NDArray
 
 from safetyheads.errors import InputError
-from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, bootstrap_interval
+from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, bootstrap_interval, places_of
 from safetyheads.stats.stability import resampled
 
 SIZES = (1, 3, 5, 10)
@@ -81,6 +81,7 @@ def proxy_qualities(
     complied: FloatArray,
     differs: NDArray[np.bool_],
     before: FloatArray | None = None,
+    clusters: Sequence[int] | None = None,
 ) -> tuple[ProxyQuality, ...]:
     """Each score's quality.
 
@@ -90,12 +91,15 @@ def proxy_qualities(
             are 0.
         differs: [n_heads], whether the head's ASR is higher than the unablated one after correction.
         before: [n_prompts], the same unablated; without it AUC has no interval.
+        clusters: near-duplicates [n_prompts], which are drawn, left out and put into halves together.
     """
-    asr, halves = complied.mean(axis=0), _halves(complied)
+    asr, counts = complied.mean(axis=0), _by_cluster(complied, clusters)
+    halves, n = _halves(counts), len(counts.sizes)
     # [n_resamples, n_heads] each: the same resamples for all scores.
-    weights = resampled(len(complied), _N_RESAMPLES)
-    without = (complied.sum(axis=0) - complied) / max(len(complied) - 1, 1)
-    resampled_differs = None if before is None else _raised(weights, complied - before[:, None])
+    weights, without = resampled(n, _N_RESAMPLES), counts.rates(1 - np.eye(n))
+    resampled_differs = None
+    if before is not None:
+        resampled_differs = _raised(weights, _by_cluster(complied - before[:, None], clusters).ones)
     qualities = []
     for name, given in scores.items():
         values = np.nan_to_num(given, nan=-np.inf)
@@ -104,16 +108,14 @@ def proxy_qualities(
             chosen = _best(values, k)
             regret = float(_given_away(asr[None], chosen)[0])
             hits = float(differs[chosen].sum()) if differs.any() else None
-            sizes.append(AtSize(k, hits, regret, *_lost_on_halves(complied, halves, k, values)))
+            sizes.append(AtSize(k, hits, regret, *_lost_on_halves(counts, halves, k, values)))
         auc, p_value = _auc(values, differs)
         spearman, _ = _correlation(scipy.stats.spearmanr, values, asr)
         qualities.append(
             ProxyQuality(
                 name,
                 spearman,
-                _jackknifed(
-                    spearman, _spearmans(values, without), len(complied), _spearmans(values, weights @ complied)
-                ),
+                _jackknifed(spearman, _spearmans(values, without), n, _spearmans(values, counts.rates(weights))),
                 auc,
                 None if resampled_differs is None else _about(auc, _aucs(values, resampled_differs)),
                 p_value,
@@ -125,22 +127,25 @@ def proxy_qualities(
     return tuple(qualities)
 
 
-def split_half(complied: FloatArray, differs: NDArray[np.bool_]) -> ProxyQuality | None:
+def split_half(
+    complied: FloatArray, differs: NDArray[np.bool_], clusters: Sequence[int] | None = None
+) -> ProxyQuality | None:
     """The ASR of one half of the prompts as a score for the ASR of the other half.
 
     Its correlation is of halves, so it lies below what all prompts would reach: it is no ceiling. The reliability of
     all prompts follows from it (:func:`spearman_brown`), and the root of that bounds the correlation that any score can
     be expected to reach. Averaged over random halves; arguments as for :func:`proxy_qualities`. Which heads differ is
-    known from all prompts, so its hits and AUC are somewhat too high. None below four prompts.
+    known from all prompts, so its hits and AUC are somewhat too high. None below four prompts, or clusters of them.
     """
-    halves = _halves(complied)
+    counts = _by_cluster(complied, clusters)
+    halves = _halves(counts)
     if not halves:
         return None
-    both = [(complied[first].mean(axis=0), complied[second].mean(axis=0)) for first, second in halves]
+    both = [tuple(counts.of(side).rates()[0] for side in pair) for pair in halves]
     sizes = []
     for k in (size for size in SIZES if size <= len(differs)):
         chosen = [_best(first, k) for first, _ in both]
-        regret, interval = _lost_on_halves(complied, halves, k)
+        regret, interval = _lost_on_halves(counts, halves, k)
         assert regret is not None  # there are halves
         assert interval is not None
         hits = float(np.mean([differs[heads].sum() for heads in chosen])) if differs.any() else None
@@ -151,7 +156,7 @@ def split_half(complied: FloatArray, differs: NDArray[np.bool_]) -> ProxyQuality
     return ProxyQuality(
         "split_half",
         spearman,
-        _over_prompts(complied, halves, spearman),
+        _over_prompts(counts, halves, spearman),
         auc,
         None,
         None,
@@ -172,16 +177,43 @@ def spearman_brown(correlation: float | None) -> float | None:
     return None if correlation is None or correlation <= 0 else 2 * correlation / (1 + correlation)
 
 
-def _halves(complied: FloatArray) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Both halves of the prompts, as their places, for many random splits; none below four prompts."""
-    n = len(complied)
+class _Counts(NamedTuple):
+    """Answers that comply, by cluster of near-duplicates; a prompt that stands alone is one."""
+
+    ones: FloatArray
+    """[n_clusters, n_heads]."""
+    sizes: FloatArray
+    """Prompts [n_clusters]."""
+
+    def of(self, clusters: NDArray[np.int64]) -> _Counts:
+        """Those of some clusters."""
+        return _Counts(self.ones[clusters], self.sizes[clusters])
+
+    def rates(self, weights: FloatArray | None = None) -> FloatArray:
+        """The heads' rates under each row of weights of the clusters [n_rows, n_heads]; by default all count once."""
+        weights = np.ones((1, len(self.sizes))) if weights is None else weights
+        # A resample may hold none of the clusters.
+        rates: FloatArray = weights @ self.ones / np.maximum(weights @ self.sizes, 1e-12)[:, None]
+        return rates
+
+
+def _by_cluster(values: FloatArray, clusters: Sequence[int] | None) -> _Counts:
+    places = places_of(len(values), clusters)
+    ones = np.zeros((int(places.max(initial=-1)) + 1, values.shape[1]))
+    np.add.at(ones, places, values)
+    return _Counts(ones, np.bincount(places).astype(float))
+
+
+def _halves(counts: _Counts) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Both halves of the clusters, as their places, for many random splits; none below four clusters."""
+    n = len(counts.sizes)
     generator = np.random.default_rng(0)
     orders = [generator.permutation(n) for _ in range(N_SPLITS)] if n >= 4 else []
     return [(order[: n // 2], order[n // 2 :]) for order in orders]
 
 
 def _lost_on_halves(
-    complied: FloatArray,
+    counts: _Counts,
     halves: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
     k: int,
     score: FloatArray | None = None,
@@ -189,18 +221,19 @@ def _lost_on_halves(
     """Mean regret on second halves of the k heads that a score, or the ASR of the first half, puts first."""
     if not halves:
         return None, None
-    everyone = np.ones((1, len(complied)))
-    weights, regrets, redrawn = np.vstack([everyone, resampled(len(complied), _N_ON_HALVES)]), [], []
+    n = len(counts.sizes)
+    everyone = np.ones((1, n))
+    weights, regrets, redrawn = np.vstack([everyone, resampled(n, _N_ON_HALVES)]), [], []
     for at, (first, second) in enumerate(halves):
         # Copies of a prompt in a resample stay in one half.
         drawn = weights if at < _N_RESAMPLED_SPLITS else everyone
-        asr = drawn[:, second] @ complied[second] / np.maximum(drawn[:, second].sum(axis=1, keepdims=True), 1e-12)
-        order = score[None] if score is not None else drawn[:, first] @ complied[first]
+        asr = counts.of(second).rates(drawn[:, second])
+        order = score[None] if score is not None else counts.of(first).rates(drawn[:, first])
         lost = _given_away(asr, np.argsort(-order, axis=1, kind="stable")[:, :k])
         regrets.append(lost[0])
         redrawn += [lost[1:]] if at < _N_RESAMPLED_SPLITS else []
     mean = float(np.mean(regrets))
-    return mean, _regret_interval(mean, np.mean(redrawn, axis=0), len(complied))
+    return mean, _regret_interval(mean, np.mean(redrawn, axis=0), n)
 
 
 def _given_away(asr: FloatArray, chosen: NDArray[np.int64]) -> FloatArray:
@@ -217,15 +250,17 @@ def _regret_interval(regret: float, redrawn: FloatArray, n: int) -> Interval:
     """The estimate and 1.96 standard errors of its resamples, cut at 0 and 1.
 
     Their percentiles will not do: the best heads of a resample are best by hindsight twice over. Where nothing is given
-    away, the interval is that of the largest share of other prompts that n can have missed.
+    away, the interval is that of the largest share of other prompts that n prompts, or clusters, can have missed.
     """
-    varies = regret > 1e-12 and np.ptp(redrawn) > 1e-12
-    interval = _about(regret, redrawn.tolist(), len(redrawn)) if varies else None
+    interval = _about(regret, redrawn.tolist(), len(redrawn)) if regret > 1e-12 else None
     return interval or bootstrap_interval(np.full(n, regret), least=0.0)
 
 
 def _raised(weights: FloatArray, moved: FloatArray) -> NDArray[np.bool_]:
-    """Which heads differ for the higher in each resample [n_resamples, n_heads], by exact tests with Tarone's count."""
+    """Which heads differ for the higher in each resample [n_resamples, n_heads], by exact tests with Tarone's count.
+
+    A cluster counts once, for the way that its prompts moved on the whole (``moved``, [n_clusters, n_heads]).
+    """
     n = len(moved)
     gained, lost = (np.rint(n * weights @ side) for side in (moved > 0, moved < 0))
     changed = gained + lost
@@ -261,24 +296,25 @@ def _about(estimate: float | None, redrawn: Sequence[float], n: int = _N_RESAMPL
     """The estimate and 1.96 standard errors of its resamples, cut at 0 and 1.
 
     Their percentiles will not do: a resample repeats prompts, which makes more heads differ by chance. None where a
-    statistic exists in less than half of the ``n`` resamples.
+    statistic exists in less than half of the ``n`` resamples, and where it is the same in all: an interval of no width
+    would claim what no sample shows.
     """
-    if estimate is None or len(redrawn) < n / 2:
+    if estimate is None or len(redrawn) < n / 2 or np.ptp(redrawn) < 1e-12:
         return None
     half_width = float(scipy.special.ndtri((1 + CONFIDENCE) / 2)) * float(np.std(redrawn))
     return max(0.0, estimate - half_width), min(1.0, estimate + half_width)
 
 
 def _over_prompts(
-    complied: FloatArray, halves: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], estimate: float | None
+    counts: _Counts, halves: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], estimate: float | None
 ) -> Interval | None:
-    """95 % interval of the split-half correlation, by a jackknife over prompts on the same splits."""
-    n, few = len(complied), halves[:_N_RESAMPLED_SPLITS]
+    """95 % interval of the split-half correlation, by a jackknife over prompts, or clusters, on the same splits."""
+    n, few = len(counts.sizes), halves[:_N_RESAMPLED_SPLITS]
     left_out = np.zeros((len(few), n))
     for at, (first, second) in enumerate(few):
         for side, other in ((first, second), (second, first)):
-            without = (complied[side].sum(axis=0) - complied[side]) / (len(side) - 1)
-            found = _spearmans(complied[other].mean(axis=0), without)
+            without = counts.of(side).rates(1 - np.eye(len(side)))
+            found = _spearmans(counts.of(other).rates()[0], without)
             if len(found) < len(side):
                 return None
             left_out[at, side] = found
@@ -288,7 +324,7 @@ def _over_prompts(
 def _jackknifed(
     estimate: float | None, left_out: Sequence[float], n: int, redrawn: Sequence[float] = ()
 ) -> Interval | None:
-    """95 % interval of a correlation from its n values without one prompt each, cut at -1 and 1.
+    """95 % interval of a correlation from its n values without one prompt, or cluster, each; cut at -1 and 1.
 
     With few heads no rank may change without one prompt; so the error is at least the spread of resamples, which leave
     tied heads tied.

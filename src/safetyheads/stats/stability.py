@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safetyheads.errors import InputError
-from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Rate
+from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Rate, places_of
 
 N_DRAWS = 1000
 """Resamples of the prompts."""
@@ -49,17 +49,15 @@ def resampled(
         seed: of the draws.
     """
     generator = np.random.default_rng(seed)
-    names: list[Hashable] = list(range(n)) if clusters is None else list(clusters)
-    distinct = list(dict.fromkeys(names))
-    place = {name: at for at, name in enumerate(distinct)}
-    member = np.array([place[name] for name in names])
+    member = places_of(n, clusters)
+    n_clusters = int(member.max()) + 1
     if size is not None or strata is None:
-        drawn = generator.multinomial(size or len(distinct), np.full(len(distinct), 1 / len(distinct)), size=n_draws)
+        drawn = generator.multinomial(size or n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_draws)
     else:
-        layer_of = {at: strata[names.index(name)] for name, at in place.items()}
-        drawn = np.zeros((n_draws, len(distinct)), dtype=np.int64)
-        for layer in dict.fromkeys(layer_of.values()):
-            inside = [at for at in range(len(distinct)) if layer_of[at] == layer]
+        layer_of = [strata[int((member == at).argmax())] for at in range(n_clusters)]
+        drawn = np.zeros((n_draws, n_clusters), dtype=np.int64)
+        for layer in dict.fromkeys(layer_of):
+            inside = [at for at in range(n_clusters) if layer_of[at] == layer]
             drawn[:, inside] = generator.multinomial(len(inside), np.full(len(inside), 1 / len(inside)), size=n_draws)
     weights = drawn[:, member].astype(float)
     shares: FloatArray = weights / weights.sum(axis=1, keepdims=True)
@@ -160,7 +158,12 @@ class TopNeeds:
 
 
 def prompts_needed(
-    values: FloatArray, tops: Sequence[int] = TOPS, n_draws: int = 200, resolution: float = 0.0, seed: int = 0
+    values: FloatArray,
+    tops: Sequence[int] = TOPS,
+    n_draws: int = 200,
+    resolution: float = 0.0,
+    seed: int = 0,
+    clusters: Sequence[Hashable] | None = None,
 ) -> tuple[TopNeeds, ...]:
     """Top-k overlap with the ranking by all prompts, against the number of prompts, for each k below the heads' number.
 
@@ -174,15 +177,18 @@ def prompts_needed(
         n_draws: resamples of each size.
         resolution: means this close are ties.
         seed: of the draws.
+        clusters: near-duplicates [n_prompts], drawn whole: as many as have so many prompts on average.
     """
     n, n_heads = values.shape
+    share = 1.0 if clusters is None else len(set(clusters)) / n
     sizes = [size for step in range(1, 12) for size in (2**step, 3 * 2 ** (step - 1)) if size < 4 * n]
     sizes = sorted({*sizes, n, 4 * n})
     mean = values.mean(axis=0)
     inside = {k: mean >= np.sort(mean)[-k] - resolution for k in tops if k < n_heads}
     curves: dict[int, list[TopAtSize]] = {k: [] for k in inside}
     for size in sizes:
-        drawn = -(resampled(n, n_draws, size=size, seed=seed + size) @ values)
+        weights = resampled(n, n_draws, clusters, size=max(1, round(share * size)), seed=seed + size)
+        drawn = -(weights @ values)
         for k, curve in curves.items():
             overlap = inside[k][np.argpartition(drawn, k - 1, axis=1)[:, :k]].mean(axis=1)
             low, high = np.quantile(overlap, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()

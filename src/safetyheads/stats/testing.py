@@ -18,7 +18,9 @@ from safetyheads.stats.intervals import (
     FloatArray,
     Interval,
     clustered_paired_interval,
+    independent_count,
     newcombe_paired_interval,
+    places_of,
 )
 
 ALPHA = 0.05
@@ -225,7 +227,8 @@ class Synergy:
 
     value: float
     """Log-odds of both, less those of each alone, plus those unablated; 0 where odds multiply. Half an answer is added
-    to each count and its complement, so that it exists at 0 and n."""
+    to each count and its complement, so that it exists at 0 and n; counts are of independent prompts, so that
+    near-duplicates are worth fewer."""
     interval: Interval
     """95 %."""
     n: int
@@ -234,7 +237,13 @@ class Synergy:
     """Two-sided, of synergy 0: the level at which the interval would just reach 0."""
 
 
-def log_odds_synergy(both: FloatArray, first: FloatArray, second: FloatArray, before: FloatArray) -> Synergy:
+def log_odds_synergy(
+    both: FloatArray,
+    first: FloatArray,
+    second: FloatArray,
+    before: FloatArray,
+    clusters: Sequence[int] | None = None,
+) -> Synergy:
     """Synergy of a pair of heads on the scale of log-odds.
 
     Differences of rates cannot add up where one head alone frees most prompts: they are bounded by 1. Log-odds are not.
@@ -246,27 +255,29 @@ def log_odds_synergy(both: FloatArray, first: FloatArray, second: FloatArray, be
         first: under the first alone.
         second: under the second alone.
         before: unablated.
+        clusters: which prompts are near-duplicates of each other [n_prompts]; by default each stands alone.
     """
     values = np.array([both, first, second, before], float)
     n = values.shape[1]
     if n == 0:
         raise InputError("synergy needs a prompt")
     signs = np.array([1.0, -1.0, -1.0, 1.0])
-    counts = values.sum(axis=1)
-    logits = np.log((counts + 0.5) / (n - counts + 0.5))
+    counts, sizes = np.array([independent_count(side, clusters) for side in values]).T
+    logits = np.log((counts + 0.5) / (sizes - counts + 0.5))
     value = float(signs @ logits)
-    centred = values - values.mean(axis=1, keepdims=True)
-    deviations = centred.std(axis=1)
+    places = places_of(n, clusters)
+    centred = np.array([np.bincount(places, side - side.mean()) for side in values])
+    shared = centred @ centred.T
+    deviations = np.sqrt(np.diag(shared))
     scale = np.outer(deviations, deviations)
-    shared = centred @ centred.T / n
-    correlations = np.where(scale > 0, shared / np.where(scale > 0, scale, 1.0), 0.0)
+    correlations = np.where(scale > 1e-12, shared / np.maximum(scale, 1e-12), 0.0)
     np.fill_diagonal(correlations, 1.0)
 
     def interval(confidence: float) -> Interval:
         tail = (1 - confidence) / 2
-        low, high = (np.vectorize(_beta_logit)(counts + 0.5, n - counts + 0.5, level) for level in (tail, 1 - tail))
+        low, high = (np.vectorize(_beta_logit)(counts + 0.5, sizes - counts + 0.5, level) for level in (tail, 1 - tail))
         # At 0 and n nothing bounds the log-odds on that side.
-        low, high = np.where(counts <= 0, -_FARTHEST, low), np.where(counts >= n, _FARTHEST, high)
+        low, high = np.where(counts <= 0, -_FARTHEST, low), np.where(counts >= sizes, _FARTHEST, high)
         down, up = logits - low, high - logits
         falls = signs * np.where(signs > 0, down, up)
         rises = signs * np.where(signs > 0, up, down)
@@ -297,20 +308,31 @@ def _p_of(interval: Callable[[float], Interval]) -> float:
     return 1 - (highest if beyond(highest) > 0 else float(scipy.optimize.brentq(beyond, lowest, highest)))
 
 
-def equivalent(before: Sequence[float] | FloatArray, after: Sequence[float] | FloatArray, margin: float) -> bool:
+def equivalent(
+    before: Sequence[float] | FloatArray,
+    after: Sequence[float] | FloatArray,
+    margin: float,
+    clusters: Sequence[int] | None = None,
+) -> bool:
     """Whether a rate is shown to change by less than the margin either way: two one-sided tests at 5 %.
 
     A point estimate within the margin shows nothing, nor does an interval that includes 0; a narrow one round 0 does.
     Arguments as for :func:`paired_difference`.
     """
-    interval = paired_difference(before, after, confidence=2 * CONFIDENCE - 1).interval
+    interval = paired_difference(before, after, clusters, 2 * CONFIDENCE - 1).interval
     return interval is not None and -margin < interval[0] <= interval[1] < margin
 
 
-def equivalent_means(changes: Sequence[float], margin: float) -> bool:
-    """Whether the mean of paired changes is shown to lie within the margin: two one-sided t tests at 5 %."""
-    n, values = len(changes), np.asarray(changes, float)
-    if n < 2:
+def equivalent_means(changes: Sequence[float], margin: float, clusters: Sequence[int] | None = None) -> bool:
+    """Whether the mean of paired changes is shown to lie within the margin: two one-sided t tests at 5 %.
+
+    The error is of sums over ``clusters`` of near-duplicates [n_prompts]; by default each prompt stands alone.
+    """
+    values = np.asarray(changes, float)
+    places = places_of(len(values), clusters)
+    sums = np.bincount(places, values - values.mean()) if len(values) else values
+    if (n := len(sums)) < 2:
         return False
-    half_width = float(scipy.stats.t.ppf(CONFIDENCE, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
+    error = math.sqrt(float((sums**2).sum()) * n / (n - 1)) / len(values)
+    half_width = float(scipy.stats.t.ppf(CONFIDENCE, n - 1)) * error
     return abs(float(values.mean())) + half_width < margin
