@@ -6,7 +6,7 @@ Each function takes the number of draws, prints a line a setting, and returns th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from typing import Any
 
@@ -14,13 +14,30 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
+from safetyheads import UNDIFFERENTIATED_ATTENTION, load_demo
 from safetyheads.heads import Head
+from safetyheads.judges.agreement import agreement
+from safetyheads.judges.base import Verdict
 from safetyheads.measures.random_groups import random_groups
-from safetyheads.stats.intervals import FloatArray, clustered_rate, monotone_bounds, skewed_mean, wilson_interval
+from safetyheads.measures.scorers import ships
+from safetyheads.stats.gain_over_random import SizeOutcome, change_interval, concentration, prompt_gains
+from safetyheads.stats.intervals import (
+    FloatArray,
+    Rate,
+    bootstrap_interval,
+    clustered_rate,
+    monotone_bounds,
+    newcombe_paired_interval,
+    skewed_mean,
+    wilson_interval,
+)
+from safetyheads.stats.misclassified import Accuracy, prediction_powered, rogan_gladen
 from safetyheads.stats.power import smallest_change_with_power
 from safetyheads.stats.ranking import proxy_qualities, shrunken_rates, split_half
+from safetyheads.stats.stability import rank_stability, resampled
 from safetyheads.stats.testing import (
     equivalent,
+    equivalent_means,
     exact_mcnemar,
     holm,
     least_attainable_p,
@@ -104,18 +121,19 @@ def paired(draws: int, sizes: tuple[int, ...] = (24, 50)) -> tuple[float, float]
 
 CLUSTER_SIZES = (*[1] * 20, *[2] * 6, 3, 3, 4, 6)
 """Prompts of each cluster of near-duplicates: 48 prompts, of which 28 have a twin."""
+CLUSTERS = np.repeat(np.arange(len(CLUSTER_SIZES)), CLUSTER_SIZES)
+"""The cluster of each of these prompts."""
 
 
 def near_duplicates(draws: int) -> tuple[float, float, float]:
     """Of a paired change with near-duplicates: least coverage, largest level at .05, and that of the prompts apart."""
     generator, covered, rejected, apart = np.random.default_rng(9), [], [0.0], [0.0]
-    clusters = np.repeat(np.arange(len(CLUSTER_SIZES)), CLUSTER_SIZES)
     for (before, rise), correlation in product(((0.1, 0.0), (0.1, 0.3), (0.3, 0.0)), CORRELATIONS):
         shape = (draws, len(CLUSTER_SIZES))
         old = prompt_rates(generator, shape, before, correlation)
         new = prompt_rates(generator, shape, before + rise, correlation)
-        sides = [(generator.random((draws, len(clusters))) < rates[:, clusters]).astype(float) for rates in (old, new)]
-        changes = [paired_difference(*pair, clusters.tolist()) for pair in zip(*sides, strict=True)]
+        sides = [(generator.random((draws, len(CLUSTERS))) < rates[:, CLUSTERS]).astype(float) for rates in (old, new)]
+        changes = [paired_difference(*pair, CLUSTERS.tolist()) for pair in zip(*sides, strict=True)]
         name = f"near-duplicates, {before} before, rise {rise}, correlation {correlation}"
         covered.append(_told(name, np.mean([covers(change.interval or (0, 0), rise) for change in changes])))
         if rise == 0:
@@ -203,16 +221,15 @@ def power(draws: int, sizes: tuple[int, ...] = (24, 50, 100)) -> float:
 def power_of_clusters(draws: int) -> tuple[float, float]:
     """Least power at the smallest change that is named for clusters of near-duplicates, and for the prompts apart."""
     generator, found, apart = np.random.default_rng(10), [], []
-    clusters = np.repeat(np.arange(len(CLUSTER_SIZES)), CLUSTER_SIZES)
     for tests, before, correlation in product((1, 32), (0.0, 0.2), (*CORRELATIONS, 1.0)):
-        for n, seen in ((len(CLUSTER_SIZES), found), (len(clusters), apart)):
+        for n, seen in ((len(CLUSTER_SIZES), found), (len(CLUSTERS), apart)):
             change = smallest_change_with_power(n, before, tests=tests) or 1 - before
             rates = prompt_rates(generator, (draws, len(CLUSTER_SIZES)), change / (1 - before), min(correlation, 0.999))
             # Of one cluster all or none comply before, and none is lost: only gains are drawn.
-            old = (generator.random(rates.shape) < before)[:, clusters]
-            new = old | (generator.random(old.shape) < rates[:, clusters])
+            old = (generator.random(rates.shape) < before)[:, CLUSTERS]
+            new = old | (generator.random(old.shape) < rates[:, CLUSTERS])
             p_values = [
-                paired_difference(*pair, clusters.tolist()).p_value or 1
+                paired_difference(*pair, CLUSTERS.tolist()).p_value or 1
                 for pair in zip(old.astype(float), new.astype(float), strict=True)
             ]
             name = f"power, {n} {'clusters' if seen is found else 'prompts'} counted, {tests} heads, {before} before"
@@ -220,16 +237,30 @@ def power_of_clusters(draws: int) -> tuple[float, float]:
     return min(found), min(apart)
 
 
-def margins(draws: int) -> float:
-    """How often equivalence is shown where the true rise is the margin."""
+def _prompts(n: int | None) -> tuple[NDArray[np.intp], list[int] | None, str]:
+    """The place of each of n prompts, None, and what they are called; without n those of clusters of copies."""
+    if n is not None:
+        return np.arange(n), None, f"n {n}"
+    return CLUSTERS, CLUSTERS.tolist(), f"{len(CLUSTERS)} prompts with copies"
+
+
+def margins(draws: int, sizes: tuple[int | None, ...] = (50, 100, None)) -> float:
+    """How often equivalence is shown where the true rise is the margin, of rates and of means."""
     generator, found = np.random.default_rng(4), []
-    for n, before, flips in product((50, 100), (0.05, 0.2), (0.0, 0.05)):
-        old = generator.random((draws, n)) < before
+    for n, before, flips in product(sizes, (0.05, 0.2), (0.0, 0.05)):
+        places, clusters, name = _prompts(n)
+        old = (generator.random((draws, places.max() + 1)) < before)[:, places]
         gain = (0.1 + before * flips) / (1 - before)
-        uniform = generator.random((draws, n))
+        uniform = generator.random((draws, places.max() + 1))[:, places]
         new = np.where(old, uniform >= flips, uniform < gain)
-        shown = [equivalent(*sides, 0.1) for sides in zip(old.astype(float), new.astype(float), strict=True)]
-        found.append(_told(f"equivalent at the margin, n {n}, {before} before, {flips} lost", np.mean(shown)))
+        sides = zip(old.astype(float), new.astype(float), strict=True)
+        shown = [equivalent(*pair, 0.1, clusters) for pair in sides]
+        found.append(_told(f"equivalent at the margin, {name}, {before} before, {flips} lost", np.mean(shown)))
+    for n in sizes:
+        places, clusters, name = _prompts(n)
+        moved = generator.normal(1, 2, (draws, places.max() + 1))[:, places]
+        means = np.mean([equivalent_means(changes.tolist(), 1, clusters) for changes in moved])
+        found.append(_told(f"means equivalent at the margin, {name}", means))
     return max(found)
 
 
@@ -241,9 +272,11 @@ def medians(draws: int) -> float:
         "log-normal, sigma 3": (1.0, lambda n: np.exp(3 * generator.normal(size=n))),
         "ties": (0.0, lambda n: generator.integers(-1, 2, n).astype(float)),
     }
-    for n, (name, (truth, draw)) in product((24, 48, 96), truths.items()):
-        intervals = [skewed_mean(draw(n).tolist()).median_interval or (0.0, 0.0) for _ in range(draws)]
-        found.append(_told(f"median, n {n}, {name}", np.mean([covers(interval, truth) for interval in intervals])))
+    for n, (name, (truth, draw)) in product((24, 48, 96, None), truths.items()):
+        places, clusters, prompts = _prompts(n)
+        samples = (draw(places.max() + 1)[places].tolist() for _ in range(draws))
+        intervals = [skewed_mean(sample, clusters).median_interval or (0.0, 0.0) for sample in samples]
+        found.append(_told(f"median, {prompts}, {name}", np.mean([covers(interval, truth) for interval in intervals])))
     return min(found)
 
 
@@ -279,7 +312,7 @@ def _shrunken(generator: np.random.Generator, truth: FloatArray, n: int) -> tupl
     return (*errors, float(np.mean(covered)), *highest)
 
 
-def synergy(draws: int, sizes: tuple[int, ...] = (24, 48, 100)) -> float:
+def synergy(draws: int, sizes: tuple[int | None, ...] = (24, 48, 100, None)) -> float:
     """Least coverage of the synergy of a pair, with outcomes of a prompt independent and correlated."""
     generator, found = np.random.default_rng(7), []
     settings = (
@@ -294,29 +327,28 @@ def synergy(draws: int, sizes: tuple[int, ...] = (24, 48, 100)) -> float:
         before, first, second = (scipy.special.logit(rate) for rate in rates)
         together = scipy.special.expit(first + second - before + true)
         cuts = scipy.special.ndtri(np.array([together, rates[1], rates[2], rates[0]]))
-        covered = 0
+        covered, (places, clusters, name) = 0, _prompts(n)
         for _ in range(draws):
-            own, common = generator.normal(size=(4, n)), generator.normal(size=n)
-            outcomes = shared**0.5 * common + (1 - shared) ** 0.5 * own < cuts[:, None]
-            covered += covers(log_odds_synergy(*outcomes.astype(float)).interval, true)
-        found.append(_told(f"synergy, n {n}, rates {rates}, true {true}, shared {shared}", covered / draws))
+            own, common = generator.normal(size=(4, places.max() + 1)), generator.normal(size=places.max() + 1)
+            outcomes = (shared**0.5 * common + (1 - shared) ** 0.5 * own < cuts[:, None])[:, places]
+            covered += covers(log_odds_synergy(*outcomes.astype(float), clusters=clusters).interval, true)
+        found.append(_told(f"synergy, {name}, rates {rates}, true {true}, shared {shared}", covered / draws))
     return min(found)
 
 
-def rankings(draws: int, heads: int = 8, n: int = 48) -> tuple[float, float]:
+def rankings(draws: int, heads: int = 8, n: int | None = 48) -> tuple[float, float]:
     """Least coverage of Spearman's interval, and of those of regrets on halves, of evenly spread rates.
 
     What is covered is the mean over samples of so many prompts.
     """
+    places, clusters, prompts = _prompts(n)
     generator, rates = np.random.default_rng(10), np.linspace(0.02, 0.5, heads)
     found: dict[str, list[tuple[float, tuple[float, float]]]] = defaultdict(list)
     score = rates + generator.normal(0, 0.1, heads)
     for _ in range(draws):
-        complied = (generator.random((n, heads)) < rates).astype(float)
-        (of_score,), halves = (
-            proxy_qualities({"score": score}, complied, rates > 0.3),
-            split_half(complied, rates > 0.3),
-        )
+        complied = (generator.random((places.max() + 1, heads)) < rates).astype(float)[places]
+        (of_score,) = proxy_qualities({"score": score}, complied, rates > 0.3, None, clusters)
+        halves = split_half(complied, rates > 0.3, clusters)
         for name, one in (("a score", of_score), ("the split half", halves)):
             assert one is not None
             found[f"Spearman of {name}"].append((one.spearman or 0.0, one.spearman_interval or (0.0, 0.0)))
@@ -326,7 +358,7 @@ def rankings(draws: int, heads: int = 8, n: int = 48) -> tuple[float, float]:
     covered = {}
     for name, both in found.items():
         centre = float(np.mean([value for value, _ in both]))
-        shown = f"{name}, {heads} heads, n {n}"
+        shown = f"{name}, {heads} heads, {prompts}"
         covered[name] = _told(shown, float(np.mean([covers(interval, centre) for _, interval in both])))
     spearman = min(value for name, value in covered.items() if name.startswith("Spearman"))
     return spearman, min(value for name, value in covered.items() if name.startswith("regret"))
@@ -349,11 +381,160 @@ def ranks(n_of_layers: tuple[int, ...], draws: int, shape: tuple[int, int] = (4,
     return _told(f"rank among random groups, {n_of_layers} heads of {shape}, layers {spread}", n_found / draws)
 
 
-def ships_intervals(scores: NDArray[np.float64], draws: int, n: int) -> tuple[FloatArray, FloatArray]:
-    """Coverage of Student's interval of the mean of n prompts' scores, by head, and of the median's.
+def kappas(draws: int, sizes: tuple[int, ...] = (30, 50, 100)) -> tuple[float, float]:
+    """Least coverage of Cohen's kappa by prompt, and where the answers to a prompt are taken for independent."""
+    generator, covered, apart, verdicts = (
+        np.random.default_rng(0),
+        [],
+        [],
+        (Verdict("refused", ""), Verdict("complied", "")),
+    )
+    for n, n_answers, error in product(sizes, (1, N_ANSWERS), (0.05, 0.2)):
+        # Each prompt has a chance of complying; a judge errs in a share of the prompts, on all answers to one.
+        truly = generator.random((draws, n, n_answers)) < generator.random((draws, n, 1))
+        judged = [truly ^ (generator.random((draws, n, 1)) < error) for _ in range(2)]
+        prompts, truth = np.repeat(range(n), n_answers).tolist(), 2 * ((1 - error) ** 2 + error**2) - 1
+        for known, seen in ((prompts, covered), (None, apart)):
+            held = []
+            for pair in zip(*judged, strict=True):
+                given = {
+                    name: [verdicts[said] for said in side.ravel().tolist()]
+                    for name, side in zip("ab", pair, strict=True)
+                }
+                interval = agreement(given, known)[0].compliance.interval
+                held += [] if interval is None else [covers(interval, truth)]
+            name = f"kappa, {n} prompts, {n_answers} answers{'' if known else ' taken for independent'}, errors {error}"
+            seen.append(_told(name, np.mean(held)))
+    return min(covered), min(apart)
 
-    ``scores`` [n_prompts, n_heads] are the population that is drawn from.
+
+JUDGES_OF_LABELS = ((0.9, 0.95, 30, 0.4), (0.97, 0.97, 100, 0.4), (0.7, 0.8, 50, 0.6))
+"""Sensitivity, specificity, labels of each kind, and the share of a run's own answers that is labelled."""
+
+
+def corrections(draws: int, sizes: tuple[int, ...] = (24, 50, 100, 200)) -> tuple[float, float]:
+    """Least coverage of rates corrected by labels of other answers (Rogan-Gladen) and of their own."""
+    generator, found = np.random.default_rng(1), ([], [])
+    for (se, sp, n_labels, share), n, rate in product(JUDGES_OF_LABELS, sizes, (0.02, 0.2, 0.5, 0.9)):
+        covered = np.zeros(2)
+        for _ in range(draws):
+            truth = (generator.random(n) < rate).astype(float)
+            judged = (generator.random(n) < np.where(truth == 1, se, 1 - sp)).astype(float)
+            labels = (Rate(int(generator.binomial(n_labels, right)), n_labels) for right in (se, sp))
+            own = np.where(generator.random(n) < share, truth, np.nan)
+            corrected = rogan_gladen(judged, Accuracy(*labels)), prediction_powered(judged, own)
+            covered += [one.interval is None or covers(one.interval, rate) for one in corrected]
+        for seen, of, name in zip(found, covered / draws, ("Rogan-Gladen", "prediction-powered"), strict=True):
+            # Labels of fewer than 50 own answers are fewer than 20, below which these are not used.
+            if seen is found[0] or n >= 50:
+                seen.append(_told(f"{name}, n {n}, rate {rate}, judge {se} {sp}", of))
+    return min(found[0]), min(found[1])
+
+
+def corrections_by_prompt(draws: int) -> FloatArray:
+    """Coverage of both with five answers to each of 50 prompts, correlation .5; then taken for independent."""
+    generator, n, rate, se, sp, covered = np.random.default_rng(2), 50, 0.3, 0.9, 0.95, np.zeros(4)
+    for _ in range(draws):
+        truth = answers(generator, prompt_rates(generator, (n,), rate, 0.5))
+        judged = (generator.random(truth.shape) < np.where(truth == 1, se, 1 - sp)).astype(float)
+        labelled = np.where(generator.random(truth.shape) < 0.4, truth, np.nan)
+        accuracy = Accuracy(*(Rate(int(generator.binomial(200, share)), 200) for share in (se, sp)))
+        flat = judged.ravel(), labelled.ravel()
+        corrected = [rogan_gladen(judged, accuracy), prediction_powered(judged, labelled)]
+        corrected += [rogan_gladen(flat[0], accuracy), prediction_powered(*flat)]
+        covered += [one.interval is not None and covers(one.interval, rate) for one in corrected]
+    names = product(("by prompt", "taken for independent"), ("Rogan-Gladen", "prediction-powered"))
+    for (how, name), of in zip(names, covered / draws, strict=True):
+        _told(f"{name}, five answers a prompt, {how}", of)
+    return covered / draws
+
+
+def random_effects(
+    generator: np.random.Generator, n: int, n_groups: int, n_sizes: int, base: float, gain: float, between: float
+) -> tuple[list[SizeOutcome], float]:
+    """Outcomes with effects of prompts (sd .7) and of random groups (sd ``between``), and the true concentration."""
+    prompt, truth, found = 0.7 * generator.normal(size=n), [], []
+    limit = scipy.special.ndtri
+    for size in range(1, n_sizes + 1):
+        share = base + (1 - base) * gain * size / n_sizes
+        complied = generator.normal(size=n) < np.sqrt(1.49) * limit(share) + prompt
+        group = between * generator.normal(size=(n_groups, 1))
+        noise = generator.normal(size=(n_groups, n))
+        random = noise < np.sqrt(1.49 + between**2) * limit(base) + prompt + group
+        found.append(SizeOutcome(size, complied.astype(float), random.astype(float)))
+        truth.append(share - base)
+    return found, float(np.mean(truth))
+
+
+def concentrations(draws: int, settings: Iterable[tuple[int, int, int, float, float, float]] | None = None) -> float:
+    """Least coverage of the concentration, over prompts and random groups; settings as for :func:`random_effects`."""
+    grid = product((24, 50, 100), ((20, 1), (39, 3)), (0.02, 0.15, 0.5), (0.0, 0.5, 0.95), (0.0, 0.7, 1.5))
+    generator, found = np.random.default_rng(0), []
+    for setting in settings or ((n, *groups, *rest) for n, groups, *rest in grid):
+        covered = 0
+        for _ in range(draws):
+            outcomes, truth = random_effects(generator, *setting)
+            covered += covers(concentration(outcomes, [0] * setting[0]).interval or (0, 0), truth)
+        told = "n {}, {} groups, {} sizes, {} at random, gain {}, sd of groups {}".format(*setting)
+        found.append(_told(f"concentration, {told}", covered / draws))
+    return min(found)
+
+
+def changes_of_concentration(draws: int) -> tuple[float, float]:
+    """Coverage of the change of a concentration, and that of a bootstrap over prompts alone."""
+    generator, covered, apart = np.random.default_rng(4), 0, 0
+    for _ in range(draws):
+        sides = [random_effects(generator, 100, 20, 1, 0.3, gain, 1.0) for gain in (0.5, 0.8)]
+        gained = np.subtract(*(prompt_gains(found, [0] * 100)[0] for found, _ in reversed(sides)))
+        truth = sides[1][1] - sides[0][1]
+        covered += covers(change_interval(gained, [found for found, _ in sides]), truth)
+        apart += covers(bootstrap_interval(gained), truth)
+    _told("change of the concentration, a bootstrap over prompts alone", apart / draws)
+    return _told("change of the concentration", covered / draws), apart / draws
+
+
+def gates(draws: int = 20_000) -> float:
+    """Largest error of a gate at margin m: how often a true rise of m passes; its power, where nothing changes."""
+    generator, errors = np.random.default_rng(0), []
+    for n, before, margin in ((50, 0.05, 0.1), (100, 0.05, 0.1), (100, 0.3, 0.1), (200, 0.1, 0.05), (100, 0.02, 0.05)):
+        passed = []
+        for rise in (margin, 0.0):
+            # Both, gained, lost, neither; those that are lost are a fifth of those that comply before.
+            cells = [0.8 * before, rise + 0.2 * before, 0.2 * before]
+            tables = generator.multinomial(n, [*cells, 1 - sum(cells)], draws)
+            tables, counts = np.unique(tables, axis=0, return_counts=True)
+            high = [newcombe_paired_interval(*table)[1] for table in tables.tolist()]
+            passed.append(float(counts[np.array(high) < margin].sum()) / draws)
+        errors.append(_told(f"gate at {margin}, n {n}, ASR {before} before: error", passed[0]))
+        _told(f"gate at {margin}, n {n}, ASR {before} before: power", passed[1])
+    return max(errors)
+
+
+def rank_intervals(draws: int, sizes: tuple[int, ...] = (12, 24, 48, 100), heads: int = 64) -> float:
+    """Least coverage of the ranks of the ten heads that look best: all equal, where each may have any, or evenly apart.
+
+    Scores are skewed, and prompts have effects of their own.
     """
+    generator, found = np.random.default_rng(0), []
+    for n, (name, step) in product(sizes, (("equal", 0.0), ("apart", 0.03))):
+        means, covered = np.exp(-step * np.arange(heads)), []
+        for seed in range(draws):
+            spread = 0.9 * generator.normal(size=(n, 1)) + 1.2 * generator.normal(size=(n, heads))
+            listed = np.argsort(-(values := means * np.exp(spread)).mean(axis=0))[:10].tolist()
+            ranks = rank_stability(values, listed, resampled(n, 300, seed=seed))
+            whole = [(1, heads) if not step else (head.column + 1, head.column + 1) for head in ranks]
+            covered += [
+                head.interval[0] <= low and high <= head.interval[1]
+                for head, (low, high) in zip(ranks, whole, strict=True)
+            ]
+        found.append(_told(f"ranks of the ten best of {heads} heads, {name}, n {n}", np.mean(covered)))
+    return min(found)
+
+
+def mean_ships(draws: int, n: int = 24) -> tuple[FloatArray, FloatArray]:
+    """Coverage of Student's interval of the mean of n prompts' Ships, by head of the demo, and of the median's."""
+    demo = load_demo("aligned_a")
+    scores = ships(demo.engine, demo.harmful, UNDIFFERENTIATED_ATTENTION).values.flatten(1).numpy()
     generator = np.random.default_rng(8)
     quantile = float(scipy.special.stdtrit(n - 1, 0.975))
     means, medians_ = [], []
@@ -364,6 +545,9 @@ def ships_intervals(scores: NDArray[np.float64], draws: int, n: int) -> tuple[Fl
         middle = float(np.sort(of_head)[(len(of_head) - 1) // 2])
         bounds = (skewed_mean(sample.tolist()).median_interval or (0.0, 0.0) for sample in drawn[: draws // 5])
         medians_.append(float(np.mean([covers(interval, middle) for interval in bounds])))
+    for name, of_heads in (("mean", means), ("median", medians_)):
+        for what, value in (("least", min(of_heads)), ("mean", np.mean(of_heads)), ("most", max(of_heads))):
+            _told(f"{name} Ships of the demo, n {n}, {what} of the heads", value)
     return np.array(means), np.array(medians_)
 
 

@@ -45,7 +45,16 @@ def main() -> None:
     simulations.medians(draws // 5)
     simulations.shrinking(draws // 50)
     simulations.synergy(draws // 20)
-    for heads, n in product((8, 32), (24, 48)):
+    simulations.kappas(draws // 10)
+    simulations.corrections(draws // 10)
+    simulations.corrections_by_prompt(draws // 10)
+    simulations.concentrations(draws // 33)
+    simulations.changes_of_concentration(draws // 10)
+    simulations.gates(2 * draws)
+    simulations.rank_intervals(draws // 33)
+    for n in (24, 96):
+        simulations.mean_ships(draws // 5, n)
+    for heads, n in product((8, 32), (24, 48, None)):
         simulations.rankings(draws // 50, heads, n)
     for n_of_layers, spread in product(((1,), (1, 1), (2, 1), (1, 1, 1), (2, 2, 2)), (0.0, 1.5)):
         simulations.ranks(n_of_layers, draws // 5, spread=spread)

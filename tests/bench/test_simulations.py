@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import simulations
 
-from safetyheads import UNDIFFERENTIATED_ATTENTION, load_demo
-from safetyheads.measures.scorers import ships
+from safetyheads.stats import misclassified
 
 
 def test_the_least_coverage_of_wilson_is_what_the_documents_say():
@@ -72,13 +71,44 @@ def test_shrunken_rates_err_less_and_their_intervals_cover_on_average():
 
 
 def test_synergy_covers():
-    assert simulations.synergy(25, (48,)) >= 0.95 - 0.19
+    assert simulations.synergy(25, (None,)) >= 0.95 - 0.19
+
+
+def test_kappa_covers_by_prompt_and_not_by_answer():
+    covered, apart = simulations.kappas(60, (50,))
+    assert covered >= 0.95 - 0.085
+    assert apart < 0.8
+
+
+def test_corrected_rates_cover(monkeypatch):
+    monkeypatch.setattr(misclassified, "N_DRAWS", 1000)
+    assert min(simulations.corrections(60, (24, 100))) >= 0.93 - 0.1
+    by_prompt = simulations.corrections_by_prompt(200)
+    assert (by_prompt[:2] >= 0.92).all()
+    # Taken for independent.
+    assert (by_prompt[2:] < 0.87).all()
+
+
+def test_the_concentration_covers_over_prompts_and_random_groups():
+    # A bootstrap over prompts alone covers .49, .65 and .91 here.
+    settings = (24, 20, 1, 0.02, 0.0, 0.7), (24, 20, 1, 0.5, 0.95, 1.5), (24, 39, 2, 0.15, 0.5, 0.7)
+    assert simulations.concentrations(200, settings) >= 0.93
+    covered, apart = simulations.changes_of_concentration(100)
+    assert covered >= 0.92
+    assert apart < 0.85
+
+
+def test_a_gate_lets_through_a_rise_at_its_margin_in_2_5_percent_of_comparisons():
+    assert simulations.gates() < 0.035
+
+
+def test_intervals_of_ranks_cover():
+    # Ten heads a draw, which share its prompts. Quantiles of resampled ranks cover .46 to .60 of equal heads.
+    assert simulations.rank_intervals(40, (24,), 40) > 0.93
 
 
 def test_no_interval_of_mean_ships_covers_and_that_of_the_median_does():
-    demo = load_demo("aligned_a")
-    scores = ships(demo.engine, demo.harmful, UNDIFFERENTIATED_ATTENTION).values.flatten(1).numpy()
-    means, medians = simulations.ships_intervals(scores, 200, 24)
+    means, medians = simulations.mean_ships(200)
     assert means.min() < 0.4
     assert means.mean() < 0.8
     assert medians.min() >= 0.95 - 0.1  # 40 draws a head
@@ -87,7 +117,8 @@ def test_no_interval_of_mean_ships_covers_and_that_of_the_median_does():
 
 def test_intervals_of_rankings_cover():
     # Bounds less two standard errors of 20 draws. Regrets without the heads chosen anew: .38 to .93.
-    spearman, regret = simulations.rankings(20)
+    # Of 48 prompts with copies.
+    spearman, regret = simulations.rankings(20, n=None)
     assert spearman >= 0.95 - 0.1
     assert regret >= 0.93 - 0.11
 
@@ -116,3 +147,7 @@ def test_every_figure_of_the_documents():
     assert simulations.margins(2_000) <= 0.07
     assert simulations.medians(2_000) >= 0.94
     assert simulations.synergy(500) >= 0.91
+    assert simulations.kappas(1_000)[0] >= 0.93
+    assert min(simulations.corrections(1_000)) >= 0.92
+    assert simulations.concentrations(300) >= 0.92
+    assert simulations.rank_intervals(300) >= 0.94

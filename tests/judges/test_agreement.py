@@ -72,25 +72,6 @@ def test_answers_to_one_prompt_are_not_independent():
     assert own == pytest.approx(width / 5**0.5, rel=0.06)
 
 
-def test_the_interval_of_kappa_by_prompt_covers():
-    # Each prompt has a chance of complying, each judge errs in a fifth of the prompts, the same way for all answers.
-    generator, draws, n_prompts, n_answers = np.random.default_rng(0), 200, 50, 5
-    chance = generator.random((draws, n_prompts))
-    answers = generator.random((draws, n_prompts, n_answers)) < chance[..., None]
-    judged = [answers ^ (generator.random((draws, n_prompts, 1)) < 0.2) for _ in range(2)]
-    kept = 0.8**2 + 0.2**2
-    truth = 2 * kept - 1  # both labels are as frequent
-    prompts = np.repeat(range(n_prompts), n_answers).tolist()
-    covered, naive = 0, 0
-    for first, second in zip(*judged, strict=True):
-        both = {name: verdicts(np.where(side.ravel(), "c", "r")) for name, side in (("a", first), ("b", second))}
-        (low, high), (lower, upper) = (agreement(both, known)[0].compliance.interval for known in (prompts, None))
-        covered, naive = covered + (low <= truth <= high), naive + (lower <= truth <= upper)
-    # .95 less three standard errors of 200 draws; answers taken for independent cover far less.
-    assert covered / draws >= 0.95 - 3 * 0.0154
-    assert naive / draws < 0.8
-
-
 def test_several_judges_are_compared_two_by_two():
     pairs = agreement({"a": verdicts("ccr"), "b": verdicts("crr"), "c": verdicts("uuc")})
     assert [(each.first, each.second) for each in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]

@@ -1,11 +1,10 @@
-"""The concentration: a case by hand, the slow twin, the coverage of its interval, and where nothing is measured."""
+"""The concentration: a case by hand, the slow twin, what its interval is made of, and where nothing is measured."""
 
 import json
 from dataclasses import asdict
 
 import numpy as np
 import pytest
-import scipy
 
 from safetyheads.stats.gain_over_random import (
     RANDOM,
@@ -26,7 +25,9 @@ def outcomes(groups, random):
 def drawn(n_sizes, n_random, n_prompts, seed=0):
     generator = np.random.default_rng(seed)
     groups = generator.random((n_sizes, n_prompts)) < 0.7
-    return groups.tolist(), (generator.random((n_sizes, n_random, n_prompts)) < 0.2).tolist()
+    # Random groups differ.
+    shares = 0.6 * generator.random((n_sizes, n_random, 1))
+    return groups.tolist(), (generator.random((n_sizes, n_random, n_prompts)) < shares).tolist()
 
 
 def slow_value(groups, random, chosen):
@@ -69,60 +70,8 @@ def test_sizes_may_have_other_numbers_of_random_groups():
     assert (found.value, found.sizes, found.n_random) == ((3 / 4 + 1 / 2) / 2, (1, 2), 2)
 
 
-def random_effects(generator, n, n_groups, n_sizes, base, gain, between):
-    """Outcomes with effects of prompts (sd .7) and of random groups (sd ``between``), and the true concentration."""
-    prompt, truth, found = 0.7 * generator.normal(size=n), [], []
-    limit = scipy.special.ndtri
-    for size in range(1, n_sizes + 1):
-        share = base + (1 - base) * gain * size / n_sizes
-        complied = generator.normal(size=n) < np.sqrt(1.49) * limit(share) + prompt
-        group = between * generator.normal(size=(n_groups, 1))
-        noise = generator.normal(size=(n_groups, n))
-        random = noise < np.sqrt(1.49 + between**2) * limit(base) + prompt + group
-        found.append(SizeOutcome(size, complied.astype(float), random.astype(float)))
-        truth.append(share - base)
-    return found, float(np.mean(truth))
-
-
-@pytest.mark.parametrize(
-    ("n", "n_groups", "base", "gain", "between", "old"),
-    [
-        (24, 20, 0.02, 0.0, 0.7, 0.49),
-        (24, 20, 0.5, 0.95, 1.5, 0.65),
-        (24, 39, 0.15, 0.5, 0.7, 0.91),
-        (100, 7, 0.15, 0.95, 1.5, 0.6),
-    ],
-)
-def test_the_interval_covers_over_prompts_and_random_groups(n, n_groups, base, gain, between, old):
-    # 200 samples each; bench/LOG.md has 300 each of 135 settings, the lowest coverage .94. A bootstrap over prompts
-    # alone, ``old``, leaves the random groups out.
-    generator, covered, n_sizes = np.random.default_rng(0), 0, 1 if n_groups == 20 else 2
-    for _ in range(200):
-        found, truth = random_effects(generator, n, n_groups, n_sizes, base, gain, between)
-        low, high = concentration(found, [0] * n).interval
-        covered += low - 1e-9 <= truth <= high + 1e-9
-    assert covered / 200 >= 0.93 > old
-
-
-def test_the_interval_of_a_change_covers_over_prompts_and_random_groups():
-    generator, covered, apart = np.random.default_rng(4), 0, 0
-    for _ in range(100):
-        sides = [random_effects(generator, 100, 20, 1, 0.3, gain, 1.0) for gain in (0.5, 0.8)]
-        gained = np.subtract(*(prompt_gains(found, [0] * 100)[0] for found, _ in reversed(sides)))
-        truth = sides[1][1] - sides[0][1]
-        (low, high), prompts = change_interval(gained, [found for found, _ in sides]), bootstrap_interval(gained)
-        covered, apart = covered + (low <= truth <= high), apart + (prompts[0] <= truth <= prompts[1])
-    assert covered / 100 >= 0.92
-    # A bootstrap over prompts alone leaves the random groups out.
-    assert apart / 100 < 0.85
-    # All groups that exist leave only the prompts.
-    whole = [[found[0]._replace(n_possible=20)] for found, _ in sides]
-    assert change_interval(gained, whole) == pytest.approx(bootstrap_interval(gained, least=-2, most=2))
-
-
 def test_what_the_interval_is_made_of():
-    generator = np.random.default_rng(1)
-    found, _ = random_effects(generator, 60, 30, 1, 0.3, 0.5, 1.5)
+    found = outcomes(*drawn(1, 30, 60))
 
     def width(outcome, **given):
         low, high = concentration([outcome], [0] * 60, **given).interval
@@ -139,6 +88,18 @@ def test_what_the_interval_is_made_of():
     # All freed, none at random: exact bounds of 24 prompts for each curve, .1425, squared and added.
     sure = concentration(outcomes([[1] * 24], [[[0] * 24] * 20]), [0] * 24)
     assert (sure.value, sure.interval) == (1.0, (pytest.approx(1 - np.sqrt(2) * (1 - 0.025 ** (1 / 24))), 1.0))
+
+
+def test_a_change_has_an_interval_over_prompts_and_random_groups():
+    sides = [outcomes(*drawn(1, 20, 100, seed)) for seed in (0, 1)]
+    gained = np.subtract(*(prompt_gains(found, [0] * 100)[0] for found in reversed(sides)))
+    # All groups that exist leave only the prompts.
+    whole = [[found[0]._replace(n_possible=20)] for found in sides]
+    assert change_interval(gained, whole) == pytest.approx(bootstrap_interval(gained, least=-2, most=2))
+    # Each prompt three times is no more than each once.
+    thrice = [[SizeOutcome(1, np.repeat(one.complied, 3), np.repeat(one.random, 3, axis=1))] for (one,) in sides]
+    clusters = np.repeat(range(100), 3).tolist()
+    assert change_interval(np.repeat(gained, 3), thrice, clusters) == pytest.approx(change_interval(gained, sides))
 
 
 def test_nothing_is_none():
