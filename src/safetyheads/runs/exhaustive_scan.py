@@ -412,9 +412,9 @@ def _synergy(table: AnswerTable, vanilla: GroupAnswers, epsilon: float, seed: in
     tests = ~_chooses_pairs(vanilla, seed)
     for together in pairs.values():
         alone = [singles[head] for head in together.heads]
-        complied = (np.array(each.coherently_complied()) for each in (together, *alone, vanilla))
-        clusters = vanilla.of_prompts(np.flatnonzero(tests)).clusters
-        synergy = log_odds_synergy(*(shares[tests] for shares in complied), clusters=clusters)
+        each = (together, *alone, vanilla)
+        both, first, second, before = (np.array(answers.coherently_complied())[tests] for answers in each)
+        synergy = log_odds_synergy(both, first, second, before, vanilla.of_prompts(np.flatnonzero(tests)).clusters)
         entries.append(
             {
                 "heads": together.heads,
