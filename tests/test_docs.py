@@ -62,9 +62,8 @@ def test_every_path_and_name_on_a_map_exists(page, places):
     assert wrong == []
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page != "docs/decisions.md"]
-)  # a log: it names what is gone
+# The log of decisions names what is gone.
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/decisions.md"])
 def test_every_command_on_a_page_parses_and_every_option_exists(page):
     text = (ROOT / page).read_text().replace("\\\n", " ")
     blocks = "".join(re.findall(r"```\w*\n(.*?)```", text, re.DOTALL))

@@ -133,9 +133,9 @@ def read_regular(path: Path, follows_links: bool = True, most: int | None = None
     return content
 
 
-def read_whole(path: Path, most: int = MOST_BYTES) -> bytes:
+def read_whole(path: Path) -> bytes:
     """The content of a file of prompts or settings, of a size that a person may have meant."""
-    return read_regular(path, most=most)
+    return read_regular(path, most=MOST_BYTES)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_files_are_read_in_every_format(tmp_path, name, content, prompts, droppe
     found = PromptSet.read(path, "query_answer", reference_column=reference_column)
     assert found.prompts == PromptSet.from_queries(prompts).prompts
     assert (found.name, found.source, str(found.template)) == (path.stem, str(path), "query_answer")
-    assert (found.dropped, found.file_sha256) == (dropped, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert found.dropped == dropped
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_column_has_one_use(tmp_path, part):
 
 @pytest.mark.parametrize("name", ["pipe.csv", "endless.csv", "here.csv", "loop.csv", "large.csv", "no\0path"])
 def test_what_is_no_regular_file_of_some_size_is_never_waited_for(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("safetyheads.files.read_whole.__defaults__", (9,))
+    monkeypatch.setattr("safetyheads.files.MOST_BYTES", 9)
     os.mkfifo(tmp_path / "pipe.csv")
     (tmp_path / "endless.csv").symlink_to("/dev/zero")
     (tmp_path / "here.csv").mkdir()
@@ -159,7 +159,8 @@ def test_the_published_files_are_read_whole(filename, name, n_rows):
         pytest.skip(f"the benchmarks' files are not there: {SHARED_DATA}")
     prompts = PromptSet.read(SHARED_DATA / filename)
     assert (len(prompts), prompts.dropped) == (n_rows, 0)
-    assert (KNOWN_BENCHMARKS[name].n_rows, KNOWN_BENCHMARKS[name].sha256) == (n_rows, prompts.file_sha256)
+    digest = hashlib.sha256((SHARED_DATA / filename).read_bytes()).hexdigest()
+    assert (KNOWN_BENCHMARKS[name].n_rows, KNOWN_BENCHMARKS[name].sha256) == (n_rows, digest)
     assert all((prompt.category is not None) == (name == "jailbreakbench") for prompt in prompts)
 
 
@@ -182,7 +183,7 @@ def test_a_known_name_downloads_once_is_verified_and_its_faults_say_what_to_do(t
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
         known("made.csv", 2)
-        refused(rf"cannot be downloaded; download {address}/made.csv by hand and pass the path")
+        refused(rf"cannot be downloaded; download {address}/made.csv by hand and pass advbench=FILE")
         page = write(tmp_path / "made.csv", "<html>\n<a, b>\n")
         refused("is no prompt file; download")
         write(page, "goal\none\ntwo")

@@ -60,10 +60,10 @@ def test_completions_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     results = audit_samples.audit()
     rows = audit_samples.completions(results, "COMPLETION TEXT")
     run = audit_samples.finished_run(tmp_path / "run", results, rows)
-    html = write_report(run).read_text(encoding="utf-8")
+    html = write_report(run)[0].read_text(encoding="utf-8")
     assert "COMPLETION TEXT" not in html
     assert rows[0]["query"] not in html
-    shown = write_report(run, show_completions=True).read_text(encoding="utf-8")
+    shown = write_report(run, show_completions=True)[0].read_text(encoding="utf-8")
     # The unablated answers; those under the verdict's group say the same, and those of other groups are left out.
     assert shown.count("COMPLETION TEXT") == 3
     assert 'id="answers-texts">' in shown

@@ -59,7 +59,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     runs = {name: audit_samples.finished_run(folder / name, made) for name, made in audits.items()}
     runs["scan"] = scan_samples.finished_run(folder / "scan", Sample(text=audit_samples.HOSTILE))
     runs["seeds"] = scan_samples.finished_run(folder / "seeds", Sample(n_seeds=2))
-    written = {name: write_report(run, show_completions=name == "scan") for name, run in runs.items()}
+    written = {name: write_report(run, show_completions=name == "scan")[0] for name, run in runs.items()}
     compared = compared_record(
         audit_run(folder / "a"), audit_run(folder / "b", vanilla=first(9), config=settings(seed=3))
     )
@@ -67,7 +67,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     run_asr(engine := load_demo("aligned_a").engine, AsrConfig(**SMALL, groups=("1-3,2-5", "1-3")), folder / "asr")
     run_ships(engine, ShipsConfig(**SMALL, screen=True, candidates=6, sample=4), folder / "ships")
     run_sahara(engine, SaharaConfig(**SMALL, size=2), folder / "sahara")
-    written |= {name: write_report(RunDirectory.open(folder / name), show_completions=True) for name in STEPS}
+    written |= {name: write_report(RunDirectory.open(folder / name), show_completions=True)[0] for name in STEPS}
     history = read_history(folder)
     written["whole_history"] = write_history(history)[0].rename(folder / "whole_history.html")
     for entry in history["runs"]:
@@ -78,7 +78,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     written["unescaped"].write_text(
         html.replace("<main>", f"<main>{script}<p onclick='window.ran = 1' id=trap>x</p>", 1)
     )
-    index = write_report(RunDirectory.open(experiment_samples.finished_run(folder / "experiments")))
+    index, _ = write_report(RunDirectory.open(experiment_samples.finished_run(folder / "experiments")))
     return {name: index.with_name(f"{name}.html") for name in EXPERIMENTS} | written
 
 

@@ -102,11 +102,11 @@ def test_what_is_too_long_or_cannot_be_drawn_is_said() -> None:
 def test_a_run_directory_gets_an_index_and_a_page_each(tmp_path: Path) -> None:
     run = RunDirectory.open(samples.finished_run(tmp_path / "run", [samples.fig2(), samples.not_meaningful()]))
     with pytest.warns(ReportWarning, match="hold no completions"):
-        path = write_report(run, show_completions=True)
+        path, _ = write_report(run, show_completions=True)
     assert path == tmp_path / "run" / "report" / "index.html"
     assert sorted(file.name for file in path.parent.iterdir()) == ["fig15.html", "fig2.html", "index.html"]
     before = path.read_bytes()
-    assert write_report(run).read_bytes() == before
+    assert write_report(run)[0].read_bytes() == before
 
 
 def test_other_commands_refuse_it_in_a_line(run: Any, tmp_path: Path) -> None:

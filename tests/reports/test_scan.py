@@ -98,16 +98,16 @@ def test_later_verdicts_are_beside_the_runs_own(tmp_path: Path) -> None:
     assert {tuple(row["verdicts"]) for row in found} == {("paper", "released")}
     own = judged_rows(RunDirectory.open(tmp_path / "run"), ["paper"])  # as after a kill before the results
     assert {tuple(row["verdicts"]) for row in own} == {("paper",)}
-    html = write_report(RunDirectory.open(tmp_path / "run")).read_text(encoding="utf-8")
+    html = write_report(RunDirectory.open(tmp_path / "run"))[0].read_text(encoding="utf-8")
     assert json.loads(Page(html).scripts["answers-data"])["judges"] == ["paper", "released"]
 
 
 def test_texts_are_left_out_unless_asked_for(tmp_path: Path) -> None:
     run = scan_samples.finished_run(tmp_path / "run", Sample(text=HOSTILE))
-    html = write_report(run).read_text(encoding="utf-8")
+    html = write_report(run)[0].read_text(encoding="utf-8")
     assert "attacker" not in html
     assert "smash a lamp" not in html
-    shown = write_report(run, show_completions=True).read_text(encoding="utf-8")
+    shown = write_report(run, show_completions=True)[0].read_text(encoding="utf-8")
     assert "<details open" not in shown
     parsed = Page(shown)
     assert len(parsed.tags("script")) == len(Page(html).tags("script"))

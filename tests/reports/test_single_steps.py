@@ -32,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_page_of_rates_holds_answers_only_where_they_are_asked_for(runs: Path) -> None:
     run = RunDirectory.open(runs / "asr")
     texts = {row["text"] for row in run.stored_records("groups-harmful") if "text" in row}
-    plain, shown = (write_report(run, show_completions=show).read_text() for show in (False, True))
+    plain, shown = (write_report(run, show_completions=show)[0].read_text() for show in (False, True))
     found = json.loads(Page(shown).scripts["answers-data"])
     assert found["groups"] == ["", "1-3,2-5", "1-3"]
     assert texts & {text for of in found["texts"].values() for text in of["harmful"].values()}
@@ -53,7 +53,7 @@ def test_a_finished_step_is_read_as_a_table(runs: Path) -> None:
     ("kind", "charts"), [("ships", {"heatmap_mean_ships", "long_tail"}), ("sahara", {"by_size"}), ("asr", {"rates"})]
 )
 def test_a_page_is_whole(runs: Path, kind: str, charts: set[str]) -> None:
-    page = Page(write_report(RunDirectory.open(runs / kind)).read_text())
+    page = Page(write_report(RunDirectory.open(runs / kind))[0].read_text())
     check_closed(page)
     check_tables(page)
     assert set(page.charts) == charts

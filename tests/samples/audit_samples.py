@@ -143,7 +143,6 @@ def _audit(layers: int, heads: int, n: int, freed: tuple[float, ...]) -> dict[st
         "data": {kind: {"name": f"organism, {kind}", **sizes} for kind in ("harmful", "benign")} | {"template": "chat"},
         "ablation": {"name": "undifferentiated_attention", "label": "undifferentiated attention", "epsilon": 1e-5},
         "sampling": {"name": "greedy", "max_new_tokens": 128},
-        "judge": JUDGE,
         "coherence": {"limit": 0.75, "n": 2 * n, "own": 0.2},
         "judges": [JUDGE],
         "lead_judge": "paper",

@@ -17,7 +17,7 @@ from safetyheads.heads import format_heads, parse_heads
 from safetyheads.measures.random_groups import RandomGroups, random_groups
 from safetyheads.measures.scorers import SCORE_LABELS
 from safetyheads.runs.config import ScanConfig
-from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.exhaustive_scan import results_of_records
 from safetyheads.runs.rates import without_texts
 from safetyheads.runs.run import CAVEATS, DEMO_CAVEAT
@@ -170,7 +170,7 @@ def about(sample: Sample) -> dict[str, Any]:
 
 def scan(sample: Sample, made: Sequence[Record] | None = None) -> dict[str, Any]:
     """The results of the sample's scan."""
-    judges, described = JUDGES[: sample.n_judges], about(sample)
+    judges, described = JUDGES[: sample.n_judges], {"schema_version": SCHEMA_VERSION, "kind": "scan", **about(sample)}
     return described | results_of_records(made or rows(sample), described, judges, random_of(sample))
 
 

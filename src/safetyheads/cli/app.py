@@ -424,7 +424,7 @@ def report(
 
     opened = RunDirectory.open(run)
     with as_damaged(run / "results.json"):
-        path = write_report(opened, show_completions=shown.show_completions)
+        path, _ = write_report(opened, show_completions=shown.show_completions)
     _show(opened.read_results(), output, lambda: show.print_lines([f"Report: {path}"]))
 
 
@@ -508,7 +508,7 @@ def judge(
 ) -> None:
     """Judge a run's stored answers again, or hold its judges to people's labels; verdicts go beside those there."""
     from safetyheads.judges.named import JUDGES, WORD_JUDGES, judges_named
-    from safetyheads.reports.write import write_page_of
+    from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
     from safetyheads.runs.provenance import provenance
     from safetyheads.runs.rejudge import later_judges, open_judged, rejudge, write_sheet
@@ -542,7 +542,7 @@ def judge(
             # What a run directory names may be code or an address of others: only rules are made from it.
             others = judges or tuple(JUDGES[name]() for name in there[:1] if name in JUDGES)
             validation = validate_judges(run, validate, started, others)
-        path, page = write_page_of(RunDirectory.open(run))
+        path, page = write_report(RunDirectory.open(run))
     given = found[0] if len(found) == 1 and not validation else {"judges": found}
     shown = {**given, **({"validation": validation} if validation else {})}
 
@@ -634,11 +634,11 @@ def _finish(
     display: Callable[[show.Found, Mapping[str, Table]], None],
 ) -> None:
     """Write the page, and show the results with its tables."""
-    from safetyheads.reports.write import write_page_of
+    from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
 
     shown = report is not None and report.show_completions
-    path, page = write_page_of(RunDirectory.open(out), show_completions=shown)
+    path, page = write_report(RunDirectory.open(out), show_completions=shown)
     _show(found, output, lambda: display(found, page.tables), lambda: show.print_lines([f"Report: {path}"]))
 
 

@@ -6,11 +6,12 @@ The judges were trained on their input texts, so ``data/judges`` has these to th
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable
 from functools import partial
-from importlib import resources
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
+
+from safetyheads.files import read_toml
 
 Harm = Literal["harmful", "controversial", "safe"]
 """What a judge may say of an answer's harm; ``controversial`` only where it has such a grade."""
@@ -72,13 +73,12 @@ def _read(text: str, refusal: str, harm: str, category: str = "", needs_both: bo
 
 
 def _ready_judges() -> dict[str, JudgeFormat]:
-    folder = resources.files("safetyheads").joinpath("data/judges")
-    ready = {}
-    for name, settings in tomllib.loads(folder.joinpath("judges.toml").read_text("utf-8")).items():
+    folder, ready = Path(__file__).parents[1] / "data/judges", {}
+    for name, settings in read_toml(folder / "judges.toml").items():
         values = tuple((token, worth) for token, worth in settings.pop("values", ()))
         parse = partial(_read, **reads) if (reads := settings.pop("reads", None)) else None
         # Bytes: not one character of an input text may change.
-        text = folder.joinpath(f"{name}.txt")
+        text = folder / f"{name}.txt"
         template = text.read_bytes().decode() if text.is_file() else None
         ready[name] = JudgeFormat(name, parse=parse, values=values, template=template, **settings)
     return ready

@@ -11,21 +11,22 @@ import hashlib
 import json
 import math
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import resources
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar
 
 from safetyheads.display import Shown
 from safetyheads.errors import InputError
+from safetyheads.files import read_toml
 from safetyheads.judges.base import Completion, Verdict
 from safetyheads.judges.keywords import APOSTROPHES, Repetition, said_again
 
-_WORDS = tomllib.loads(resources.files("safetyheads").joinpath("data/judges/phrases.toml").read_text("utf-8"))
+_WORDS = read_toml(Path(__file__).parents[1] / "data/judges/phrases.toml")
 INABILITIES, DEEDS, WHOLE_REFUSALS = (
     tuple(" ".join(phrase.split()) for phrase in _WORDS[name].split(";"))
     for name in ("inabilities", "deeds", "whole_refusals")

@@ -67,8 +67,6 @@ class PromptSet(Table):
     """A known name, or the file's name without suffix."""
     source: str = "given in memory"
     """The path or address they were read from."""
-    file_sha256: str | None = None
-    """SHA-256 of the file's bytes, where there was one."""
     dropped: int = 0
     """Rows of the file without a query; they are no prompts."""
     columns: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -159,7 +157,7 @@ class PromptSet(Table):
             near = "".join(f"did you mean {close}? " for close in get_close_matches(name, names, 1))
             raise InputError(f"no prompt file {name}; {near}known names are {', '.join(names)}")
         notes = () if file.note is None else (f"{shown}: {file.note}",)
-        prompts, whence = tuple(Prompt(*row) for row in file.rows), (shown, source, file.sha256, file.dropped)
+        prompts, whence = tuple(Prompt(*row) for row in file.rows), (shown, source, file.dropped)
         return cls(prompts, chosen, *whence, file.columns, warning, notes).sample(limit, seed)
 
     def _facts(self) -> dict[str, object]:

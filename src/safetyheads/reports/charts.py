@@ -21,6 +21,7 @@ import vl_convert
 Row: TypeAlias = Mapping[str, Any]
 Spec: TypeAlias = dict[str, Any]
 
+_VERSION = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 HEADS = "heads"
 """Dataset of all heads, which the page's script makes of the columns in the page."""
 ROWS = "rows"
@@ -107,8 +108,7 @@ def spec(
 @cache
 def drawing_library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, in the version that the specifications are written for."""
-    version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=version)
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_VERSION)
     # Inside a script element these two would end or hide the rest of the page.
     return bundle.replace("</script", r"<\/script").replace("<!--", r"<\!--")
 
@@ -154,7 +154,6 @@ def pictures(specs: Mapping[str, Spec], columns: Mapping[str, Any]) -> dict[str,
         if isinstance(named, list) and mark != "best_first":
             for head in named:
                 by_name[head][mark] = True
-    version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     found = {}
     for name, spec in specs.items():
         drawn = _coloured(spec) | {"datasets": {**spec.get("datasets", {}), HEADS: heads}, "background": "#fcfbf8"}
@@ -163,7 +162,7 @@ def pictures(specs: Mapping[str, Spec], columns: Mapping[str, Any]) -> dict[str,
         legend = text | {"labelLimit": _PICTURE_WIDTH - 60, "columns": columns_of_legend}
         drawn |= {"config": {"axis": text, "legend": legend}} | ({"columns": 2} if "facet" in spec else {})
         drawn |= {"width": _PICTURE_WIDTH} if spec.get("width") == "container" else {}
-        png = vl_convert.vegalite_to_png(_drawable(drawn), vl_version=version, scale=1.25)
+        png = vl_convert.vegalite_to_png(_drawable(drawn), vl_version=_VERSION, scale=1.25)
         found[name] = f"data:image/png;base64,{b64encode(png).decode()}"
     return found
 

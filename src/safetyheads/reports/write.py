@@ -35,12 +35,7 @@ class ReportWarning(UserWarning):
     """The report does not hold what was asked for."""
 
 
-def write_report(run: RunDirectory, *, show_completions: bool = False) -> Path:
-    """Write ``report/index.html`` into the run directory, and return its path (:func:`write_page_of`)."""
-    return write_page_of(run, show_completions=show_completions)[0]
-
-
-def write_page_of(run: RunDirectory, *, show_completions: bool = False) -> tuple[Path, Page]:
+def write_report(run: RunDirectory, *, show_completions: bool = False) -> tuple[Path, Page]:
     """Write ``report/index.html`` into the run directory; its path, and the page with its tables.
 
     ``show_completions`` puts the answers to harmful prompts into the page, folded away and as text; the pages of a
@@ -111,9 +106,8 @@ def _history_in_words(history: Mapping[str, Any]) -> str:
         labels = Counter((entry["verdict"] or "no verdict").replace("_", " ") for entry in entries)
         found = f"{sum(labels.values())} audits: {', '.join(f'{count} {label}' for label, count in labels.items())}."
         moved = f" The unablated model’s coherent ASR rose by more than chance in {rose} of {len(changes)} comparisons "
-        return found + f"{moved}with the audit before of the same prompts and ablation, and fell in {fell}." * bool(
-            changes
-        )
+        moved += f"with the audit before of the same prompts and ablation, and fell in {fell}."
+        return found + moved * bool(changes)
     if len(rated) == 1:
         return f"One run: the unablated model’s coherent ASR is {ends[0]}."
     return (

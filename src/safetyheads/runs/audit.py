@@ -209,7 +209,6 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
             **template_facts(asked["harmful_search"].prompts),
         },
         "sampling": sampling_of(run),
-        "judge": run.judges[0].describe(),
         "coherence": coherence,
         "lead_score": LEAD,
     }
@@ -428,7 +427,7 @@ def audit_verdict(
     heads = [str(head) for head in outcome.group]
     verdict = verdict_of(evidence, thresholds, f"{len(heads)} of {n_heads} heads ({', '.join(heads)})")
     group = {"heads": heads, "size": outcome.size, "scorer": outcome.scorer, "stopped_early": False}
-    return verdict.as_dict() | group | {"score_rule": "mean Ships on the search half; all rates on the test half"}
+    return verdict.as_dict() | group
 
 
 def early_verdict(vanilla: Mapping[str, GroupAnswers], thresholds: Thresholds) -> dict[str, Any] | None:
@@ -437,7 +436,7 @@ def early_verdict(vanilla: Mapping[str, GroupAnswers], thresholds: Thresholds) -
     if before_ablation(evidence, thresholds) is None:
         return None
     verdict = unablated_verdict(evidence, thresholds)
-    nothing: dict[str, Any] = {"heads": [], "size": 0, "scorer": LEAD, "stopped_early": True, "score_rule": ""}
+    nothing: dict[str, Any] = {"heads": [], "size": 0, "scorer": LEAD, "stopped_early": True}
     return verdict.as_dict() | nothing
 
 

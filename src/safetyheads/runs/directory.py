@@ -239,7 +239,7 @@ class RunDirectory:
                     continue
                 try:
                     with as_damaged(self.path / place):
-                        (record,) = self._read(place)
+                        (record,) = self.read(place)
                         self._known[record["name"]] = record["value"]
                     self._known_places.add(place)
                 except InputError as error:
@@ -277,7 +277,7 @@ class RunDirectory:
         records: list[Record] = self._stored(place, stage, lambda: pack_records(self.key, stage, key, compute()))
         if is_there and mend is not None and (mended := mend(records)) != records:
             self._write(place, pack_records(self.key, stage, key, mended))
-            records = self._read(place)
+            records = self.read(place)
         return records
 
     def stored_records(self, stage: str = "*") -> Iterator[Record]:
@@ -289,7 +289,7 @@ class RunDirectory:
         for place in sorted(self._files):
             if place.startswith("completions/") and fnmatch(stage_of(place), stage):
                 try:
-                    records = self._read(place)
+                    records = self.read(place)
                 except InputError as error:
                     self._set_aside(place, error)
                 else:
@@ -323,12 +323,8 @@ class RunDirectory:
 
     def checksum(self, place: str) -> str:
         """Of the content of a stored part, which fits what it says."""
-        self._read(place)
+        self.read(place)
         return self._files[place][1]
-
-    def content(self, place: str) -> Any:
-        """The records or tensors of a stored part."""
-        return self._read(place)
 
     def take(self, place: str, other: RunDirectory) -> None:
         """Copy a stored part of another run; of a run of other versions it is written as one of this run."""
@@ -440,26 +436,26 @@ class RunDirectory:
         """What a file holds; a file that is absent or damaged is made first, unless another shard makes it."""
         if os.path.lexists(self.path / place):
             try:
-                return self._read(place)
+                return self.read(place)
             except InputError as error:
                 self._set_aside(place, error)
         elif place in self._files:
             _log.warning("%s is lost and computed again", self.path / place)
         if self._borrowed(place):
-            return self._read(place)
+            return self.read(place)
         if not self.shard.takes(place):
             raise _elsewhere({place})
         if not replaces:
             self._write(place, make(), replaces)
-            return self._read(place)
+            return self.read(place)
         self._note(place)
         began = time.monotonic()
         self._write(place, make())
         self._note(place, seconds=time.monotonic() - began)
         self.shard.wrote(place)
-        return self._read(place)
+        return self.read(place)
 
-    def _read(self, place: str) -> Any:
+    def read(self, place: str) -> Any:
         """What a file holds, once it fits what it says, its place, and the list of its stage where that is finished."""
         path = self._inside(place)
         try:
@@ -514,7 +510,7 @@ class RunDirectory:
             for place in (places := self.places()):
                 if place not in self._files:
                     try:
-                        self._read(place)
+                        self.read(place)
                     except InputError as error:
                         self._set_aside(place, error)
             stages = {}
@@ -630,7 +626,7 @@ class RunDirectory:
         check(self._names("timings.json"), self._read_json)
         check(self._names("results.json"), lambda _: self._read_finished())
         listed, places = set(self._files), set(self.places())
-        check(sorted(places | listed), self._read)
+        check(sorted(places | listed), self.read)
         found.unlisted = sorted(places - listed)
         return found
 

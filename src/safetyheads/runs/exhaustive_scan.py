@@ -30,7 +30,6 @@ from safetyheads.measures.scorers import ANGLES, LEAD, score_as_json, scorer_of,
 from safetyheads.model.engine import Engine
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.runs.config import ScanConfig, Thresholds
-from safetyheads.runs.directory import SCHEMA_VERSION
 from safetyheads.runs.estimate import Work
 from safetyheads.runs.rates import (
     AnswerTable,
@@ -244,8 +243,6 @@ def results_of_records(
         for group, answers in table["prefixes", "harmful", epsilon].items()
     ]
     return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "scan",
         "judges": list(judges),
         "lead_judge": names[0],
         "statistics": _statistics(vanilla, len(singles)),

@@ -36,29 +36,34 @@ def read_history(folder: Path, alike: Sequence[str] = ()) -> dict[str, Any]:
     def skip(path: str | Path, reason: str) -> None:
         skipped.append({"name": _name(folder, Path(path)), "reason": reason})
 
-    runs: list[RunReader] = []
+    found: list[tuple[datetime, str, RunReader]] = []
     walk = os.walk(folder, onerror=lambda error: skip(error.filename, f"cannot be read: {error.strerror}"))
     for place, folders, files in walk:
         if "manifest.json" in files:
             # Other runs may stand below a run, so only its own folders are left out.
             folders[:] = [name for name in folders if name not in ("shards", "completions", "report")]
             try:
-                run = RunReader(Path(place))
-                with as_damaged(place):  # what is broken must be found here
-                    _ = run.stored_answers, _entry(folder, run, None)
-                runs.append(run)
+                with as_damaged(place):
+                    run = RunReader(Path(place))
+                    found.append((run.started or datetime.max.replace(tzinfo=UTC), place, run))
             except SafetyheadsError as error:
                 skip(place, str(error))
         folders.sort()
-    if not runs:
+    entries, previous = [], dict[tuple[str, ...], RunReader]()
+    found.sort(reverse=True)
+    while found:  # the oldest first; its answers leave the memory with it, once the next one is compared
+        _, place, run = found.pop()
+        try:
+            with as_damaged(place):
+                key = (run.kind, *(canonical_json(run.config.get(name)) for name in alike))
+                _ = run.stored_answers  # what is broken must be found here
+                entries.append(_entry(folder, run, previous.get(key)))
+            previous[key] = run
+        except SafetyheadsError as error:
+            skip(place, str(error))
+    if not entries:
         reason = f"; {skipped[0]['name']} is skipped: {skipped[0]['reason']}" if skipped else ""
         raise InputError(f"no finished run below {folder}{reason}")
-    runs.sort(key=lambda run: (run.started or datetime.max.replace(tzinfo=UTC), str(run.path)))
-    entries, previous = [], dict[tuple[str, ...], RunReader]()
-    for run in runs:
-        key = (run.kind, *(canonical_json(run.config.get(name)) for name in alike))
-        entries.append(_entry(folder, run, previous.get(key)))
-        previous[key] = run
     return {"folder": str(folder), "runs": entries, "skipped": sorted(skipped, key=lambda run: run["name"])}
 
 

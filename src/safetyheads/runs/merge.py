@@ -63,7 +63,7 @@ def _differences(first: RunDirectory, run: RunDirectory, mixed: bool) -> list[st
 
 def _content(run: RunDirectory, place: str) -> Any:
     """What a file holds, as values that compare."""
-    content = run.content(place)
+    content = run.read(place)
     return content if isinstance(content, list) else {name: tensor.tolist() for name, tensor in content.items()}
 
 

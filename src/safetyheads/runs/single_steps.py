@@ -167,7 +167,6 @@ def _asr_results(run: Run[AsrConfig]) -> dict[str, Any]:
         by_size = answers.of_each("query_level", own_groups, ablation)
         rows |= {f"each prompt's top {size}": group_answers for size, group_answers in enumerate(by_size, start=1)}
     return {
-        "judge": run.judges[0].describe(),
         **_about(run),
         "sampling": sampling_of(run),
         "coherence": coherence,

@@ -45,7 +45,7 @@ Label: TypeAlias = Literal[
     "partly concentrated",
 ]
 _MATCHED = {"layers": "the same layers"}
-Damage: TypeAlias = Literal["shown", "bounded", "open"]
+DamageLabel: TypeAlias = Literal["shown", "bounded", "open"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,7 +363,7 @@ def settled(evidence: Evidence, thresholds: Thresholds) -> bool:
     return unshown or damage_of(evidence, thresholds) == "shown"
 
 
-def damage_of(evidence: Evidence, thresholds: Thresholds) -> Damage:
+def damage_of(evidence: Evidence, thresholds: Thresholds) -> DamageLabel:
     """Whether the group's damage is shown, is bounded, or neither."""
     broken, kl = evidence.broken, evidence.kl
     if (broken is not None and broken[0] > thresholds.most_lost) or (kl is not None and kl > thresholds.most_kl):
