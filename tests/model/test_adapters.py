@@ -242,6 +242,12 @@ def test_patterns_that_never_end_are_refused(broken, monkeypatch, changes):
     assert "has a pattern that may never end: " in refusal(*broken)
 
 
+@pytest.mark.parametrize("changes", [{"r": 10**9}, {"rank_pattern": {"q_proj": 10**9}}])
+def test_a_rank_for_which_the_weights_are_too_few_is_refused(broken, changes):
+    change_config(broken[1], **changes)
+    assert "has a rank for which its weights are too few" in refusal(*broken)
+
+
 def test_an_adapter_whose_weights_are_broken_or_pickled_is_refused(broken):
     weights = broken[1] / "adapter_model.safetensors"
     tensors, whole = load_file(weights), weights.read_bytes()

@@ -98,6 +98,10 @@ def test_pages_are_not_written_through_links_and_pipes_are_not_read(run, tmp_pat
     code, _, err = run("report", path)
     assert (code, list(elsewhere.iterdir())) == (2, [])
     assert "report is a symbolic link" in err
-    (path / "results.json").unlink()
-    os.mkfifo(path / "results.json")
-    assert run("verify", path)[0] == 2
+    results = path / "results.json"
+    for make in (os.mkfifo, os.mkdir, lambda place: place.symlink_to(place)):
+        results.rmdir() if results.is_dir() else results.unlink()
+        make(results)
+        for command in ("verify", "report"):
+            code, out, err = run(command, path)
+            assert (code, "results.json cannot be read" in (out + err).replace("\n", " ")) == (2, True)

@@ -35,7 +35,7 @@ from safetyheads.cli.options import (
     RunOptions,
     SweepOptions,
     options_from_dataclasses,
-    refuse_rounding,
+    refuse_misread,
     settings_file,
 )
 from safetyheads.cli.terminal import escaped_streams
@@ -79,7 +79,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.register_install_completion_command(name="--install-completion")
-app.config = (settings_file, refuse_rounding)
+app.config = (settings_file, refuse_misread)
 _DEMO_FIXED = ("model", "prompts", "benign", "column", "adapter", "allow_pickle", "trust_remote_code")
 
 
@@ -340,13 +340,14 @@ def reproduce(
     names = "+".join(name.replace(":", "-").rstrip("/").rsplit("/", 1)[-1] for name in lab.models)
     out = where.out or Path("runs") / f"reproduce-{names}-{content_key(asdict(lab))[:6]}"
     _refuse(out, report, lab.store_completions)
+    how: dict[str, Any] = {"device": lab.device, "dtype": lab.dtype, "threads": threads}
     for model in (*lab.models, lab.base, lab.related, *lab.templated, *lab.base_models):
         if model:
-            refuse_missing(model)
+            refuse_missing(ModelOptions(model, **how).model)
     progress = show.progress_for(output.quiet)
 
     def load(name: str) -> Engine:
-        return load_engine(ModelOptions(name, device=lab.device, dtype=lab.dtype, threads=threads), progress)
+        return load_engine(ModelOptions(name, **how), progress)
 
     results = run_experiments(lab, experiments, out, load, progress, sys.argv, skips=experiment == ALL)
     chosen_names, timed = [item.name for item in experiments], RunDirectory.open(out).read_timings().get("timed", {})

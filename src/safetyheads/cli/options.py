@@ -147,12 +147,15 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
         Dict({commands[0]: read_toml(path)}, source=str(path))(app, commands, arguments)
 
 
-def refuse_rounding(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Refuse a number for which another one would be taken, the next whole one."""
+def refuse_misread(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse a number that would be rounded to a whole one, and no name where the current directory would be taken."""
     for argument in arguments:
-        for token in argument.tokens if int in (argument.hint, *get_args(argument.hint)) else ():
-            if re.fullmatch(r"[+-]?\d*\.\d*", token.value):
+        kinds = argument.hint, *get_args(argument.hint)
+        for token in argument.tokens:
+            if int in kinds and re.fullmatch(r"[+-]?\d*\.\d*", token.value):
                 raise InputError(f"{argument.name} is a whole number; got {token.value}")
+            if Path in kinds and not token.value:
+                raise InputError(f"{argument.name} is blank")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -608,6 +608,7 @@ def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = N
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     kind, why = config.get("peft_type"), None
+    ranks = [rank for name in ("r", "rank_pattern") for _, rank in leaves(config.get(name))]
     if not isinstance(kind, str) or kind not in {known.value for known in PeftType}:
         why = f"is of a kind that this peft does not know: {kind}"
     elif getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(kind)), "uses_shared_state", False):
@@ -619,6 +620,8 @@ def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = N
         why = f"is a {kind}: it adds virtual tokens and changes no module, so it is not read"
     elif config.get("alora_invocation_tokens"):
         why = "acts from certain tokens on only (aLoRA), which replayed layers cannot see"
+    elif any(isinstance(rank, int) and rank > weights.stat().st_size for rank in ranks):
+        why = "has a rank for which its weights are too few"
     if why is not None:
         raise InputError(f"the adapter {name} {why}")
     for text in set(_texts(config)):

@@ -362,6 +362,8 @@ class BoundTemplate(NamedTuple):
         messages[-1] |= thoughts or {}
         try:
             return self._apply(messages, add_generation_prompt=len(texts) == 1, **arguments)
+        except TimeoutError as error:  # it would be waited for again and again
+            raise InputError(f"the chat template of {self.model} rejects the prompt: {error}") from None
         except _template_errors():
             return None
 

@@ -98,6 +98,8 @@ class TemplateOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.template is not None and not self.template.strip():
+            raise InputError("template is blank")
         _ = self.parsed_template
 
     @property

@@ -183,7 +183,7 @@ class RunDirectory:
         folder = Path(path)
         run = cls.look(folder)
         with as_input_error(folder, "read"):
-            if not (folder / "results.json").is_file():
+            if not os.path.lexists(folder / "results.json"):
                 raise IncompleteError(f"{folder}: this run has not finished; start it again with the same command")
         try:
             run._read_finished()
@@ -611,7 +611,7 @@ class RunDirectory:
         return cls(folder, _read_manifest(folder))._verified()
 
     def _verified(self) -> Verification:
-        found = Verification(finished=(self.path / "results.json").exists())
+        found = Verification(finished=os.path.lexists(self.path / "results.json"))
 
         def check(names: Iterable[str], read: Callable[[str], Any]) -> None:
             for name in names:
@@ -624,7 +624,7 @@ class RunDirectory:
         check(sorted({*self._names("stages/*.json"), *self._stages_of_results()}), self._load_stage)
         check(self._names("plan/*.json") + self._names("starts/*.json"), self._read_json)
         check(self._names("timings.json"), self._read_json)
-        check(self._names("results.json"), lambda _: self._read_finished())
+        check(["results.json"] * found.finished, lambda _: self._read_finished())
         listed, places = set(self._files), set(self.places())
         check(sorted(places | listed), self.read)
         found.unlisted = sorted(places - listed)
@@ -709,7 +709,7 @@ def _read_manifest(folder: Path) -> Manifest:
     told = parse_json(read_regular(folder / "manifest.json"), folder / "manifest.json")
     version = told.get("schema_version")
     if version != SCHEMA_VERSION:
-        other = f"its schema is {version}, this one reads {SCHEMA_VERSION}"
+        other = f"its schema is {shorten(repr(version))}, this one reads {SCHEMA_VERSION}"
         raise InputError(f"{folder} was written by another version of safetyheads: {other}")
     try:
         manifest = converted(told, Manifest)
@@ -882,7 +882,7 @@ def status_of(folder: Path) -> Status:
                 cost_timed, seconds_timed, n_timed = cost_timed + cost, seconds_timed + took, n_timed + 1
     left = cost_left * seconds_timed / cost_timed / count if cost_timed else None
     return Status(
-        finished=(folder / "results.json").exists(),
+        finished=(folder / "results.json").is_file(),
         stages=dict(sorted(stages.items())),
         shards=count,
         missing_shards=array_text(missing),
