@@ -11,10 +11,12 @@ import hashlib
 import io
 import random
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,8 +75,9 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
             reasons = "; ".join(sorted({verdict.reason for verdict in asked}))
             again = "nothing was added; the same command asks again"
             raise SafetyheadsError(f"{judge.name} gave no verdict on any of {len(asked)} answers ({reasons}): {again}")
+        told, shared = cache(asdict), dict[tuple[Any, ...], Any]()
         stored = [
-            {"of": identity(record), "judge": judge.name, "verdict": asdict(verdict)}
+            {"of": identity(record), "judge": judge.name, "verdict": told(verdict)}
             for record, verdict in zip(records, verdicts, strict=True)
         ]
         # So that later judges and reports find them.
@@ -83,7 +86,7 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         with run.writing():
             results = run.read_results()
             names = [described["name"] for described in later_judges(results)]
-            merged = list(with_later_verdicts(run, records, [*names, judge.name]))
+            merged = [without_texts(of, shared) for of in with_later_verdicts(run, records, [*names, judge.name])]
             _write_results(run, results, merged, judge)
     found = _beside_lead(judge.name, results["lead_judge"], merged, results["ablation"]["epsilon"])
     return found | {"seconds": seconds}
@@ -131,7 +134,7 @@ def _answers(run: RunDirectory, judge: Judge) -> tuple[list[Record], list[str | 
         if "verdicts" in record and "text" in record:
             # An answer that never came differs from an empty one.
             facts = [record["query"], record["text"], record["finished"], *["unclosed"] * record.get("unclosed", False)]
-            keys.append(_sha256(facts) if record["complete"] or is_final(judge, record["text"]) else None)
+            keys.append(sys.intern(_sha256(facts)) if record["complete"] or is_final(judge, record["text"]) else None)
             records.append(without_texts(record, shared))
     return records, keys
 
