@@ -65,6 +65,7 @@ def render_audit(
         "mark": MARKS.get(verdict["label"], "bar"),
         "tone": TONES.get(verdict["label"], "open"),
         "planted": results.get("planted_heads") or [],
+        "has_random": any(found.get("random") for found in behaviour["groups"]),
         "difference": partial(_difference, alpha=verdict["numbers"]["thresholds"]["alpha"]),
         "listed": places if len(places) <= MAX_TABLE_HEADS else [],
         "sahara": {scorer: _steps(results, scorer) for scorer in results["sahara"]},
