@@ -276,6 +276,7 @@ def _options(config: type) -> tuple[inspect.Parameter, ...]:
     options = []
     for field in fields(config):
         part = next(base for base in config.__mro__ if field.name in inspect.get_annotations(base))
+        panels = (title for base in part.__mro__ for title, names in _PANELS.items() if base.__name__ in names.split())
         is_argument, default, hint = field.name == "model", field.default, hints[field.name]
         name = _NAMES.get(f"{part.__name__}.{field.name}") or _NAMES.get(field.name)
         name = name or f"--{field.name.replace('_', '-')}"
@@ -287,7 +288,7 @@ def _options(config: type) -> tuple[inspect.Parameter, ...]:
             name=None if is_argument else name,
             negative=f"--no-{name[2:]}" if default is True else "",
             help=sentence + _KNOWN.get(field.name, "") + (f" [default: {shown.rstrip('.')}]" if shown else ""),
-            group=PANELS["Arguments" if is_argument else _panel_of(part)],
+            group=PANELS["Arguments" if is_argument else next(panels, "Settings")],
             show_default=False,
         )
         if str in get_args(hint) and get_origin(hint) is not tuple:
@@ -297,11 +298,6 @@ def _options(config: type) -> tuple[inspect.Parameter, ...]:
         default = inspect.Parameter.empty if default is MISSING else default
         options.append(inspect.Parameter(field.name, kind, default=default, annotation=Annotated[hint, option]))
     return tuple(options)
-
-
-def _panel_of(part: type) -> str:
-    own = (title for base in part.__mro__ for title, names in _PANELS.items() if base.__name__ in names.split())
-    return next(own, "Settings")
 
 
 @cache

@@ -53,12 +53,7 @@ _NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
-_HARMLESS = frozenset(
-    {
-        *("user", "metadata", "store", "service_tier", "stream_options", "safety_identifier"),
-        *("parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention"),
-    }
-)
+_HARMLESS = "user metadata store service_tier stream_options safety_identifier parallel_tool_calls prompt_cache_key"
 
 
 class ChatRequest(msgspec.Struct):
@@ -189,7 +184,7 @@ def read_request(body: bytes) -> ChatRequest:
         request = msgspec.convert(fields, ChatRequest)
     except msgspec.MsgspecError as error:
         raise InputError(first_line(error)) from error
-    for name in fields.keys() - set(ChatRequest.__struct_fields__) - _HARMLESS:
+    for name in fields.keys() - {*ChatRequest.__struct_fields__, *_HARMLESS.split()}:
         if fields[name] is not None and fields[name] not in _NOT_FOLLOWED.get(name, ()):
             raise InputError(f"{name} is not followed here; leave it out")
     if request.n is not None and not 1 <= request.n <= (1 if request.stream else _MOST_CHOICES):

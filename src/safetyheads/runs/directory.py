@@ -498,7 +498,7 @@ class RunDirectory:
     @property
     def n_stored(self) -> int:
         """Files of scores and answers that are stored."""
-        return sum(1 for pattern in ("shards/*/*.safetensors", "completions/*.jsonl") for _ in self.path.glob(pattern))
+        return sum(stage_of(place) != _REMEMBERED for place in self.places())
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write ``results.json``: equal results give equal bytes, so no dates or times belong in it.
@@ -864,7 +864,7 @@ class Status(NamedTuple):
 def status_of(folder: Path) -> Status:
     """How far the run in a folder is."""
     directory = RunDirectory.look(folder)
-    there = set(_stored_places(folder))
+    there = set(directory.places())
     count, (seconds, begun) = directory.n_shards, _read_logs(folder)
     stages: dict[str, dict[str, int]] = {}
     missing, cost_left, cost_timed, seconds_timed, n_timed = list[int](), 0.0, 0.0, 0.0, 0
@@ -889,14 +889,6 @@ def status_of(folder: Path) -> Status:
         seconds_a_unit=seconds_timed / n_timed if n_timed else None,
         seconds_left=left,
     )
-
-
-def _stored_places(folder: Path) -> Iterator[str]:
-    """Files of records and tensors that are there; not opened."""
-    for path in filter(Path.is_dir, (folder / "completions", *(folder / "shards").glob("*"))):
-        with as_input_error(path, "read"), os.scandir(path) as entries:
-            prefix = path.relative_to(folder).as_posix()
-            yield from (f"{prefix}/{entry.name}" for entry in entries if not entry.name.startswith("."))
 
 
 def _read_logs(folder: Path) -> tuple[dict[str, float], set[str]]:

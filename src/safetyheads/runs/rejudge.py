@@ -134,7 +134,8 @@ def _answers(run: RunDirectory, judge: Judge) -> tuple[list[Record], list[str | 
         if "verdicts" in record and "text" in record:
             # An answer that never came differs from an empty one.
             facts = [record["query"], record["text"], record["finished"], *["unclosed"] * record.get("unclosed", False)]
-            keys.append(sys.intern(_sha256(facts)) if record["complete"] or is_final(judge, record["text"]) else None)
+            is_whole = record["complete"] or is_final(judge, record["text"])
+            keys.append(sys.intern(content_key({"answer": facts})) if is_whole else None)
             records.append(without_texts(record, shared))
     return records, keys
 
@@ -212,10 +213,6 @@ def _ablated(group: str, epsilon: float | None, usual: float) -> str:
     return ablated if epsilon in (None, usual) else f"{ablated}, epsilon {epsilon:g}"
 
 
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(canonical_json({"value": value}).encode()).hexdigest()
-
-
 def _file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "-", name)
 
@@ -247,7 +244,7 @@ class Labelled(NamedTuple):
 
 def answer_id(query: str, text: str) -> str:
     """A name of an answer that no spreadsheet takes for a number."""
-    return "answer-" + hashlib.sha256(canonical_json({"query": query, "text": text}).encode()).hexdigest()[:12]
+    return f"answer-{content_key({'query': query, 'text': text})[:12]}"
 
 
 def write_sheet(folder: Path, n: int, path: Path, seed: int = 0) -> int:
