@@ -1,8 +1,10 @@
 """Writes docs/study/: a small JSON file and three pictures for each run of ``safetyheads reproduce study``.
 
     python scripts/study_figures.py runs/study-refusing_a ...
+    python scripts/study_figures.py --audits runs/refusing_a-ua runs/refusing_b-ua ...
 
-It prints the run's tables for docs/study.md. Nothing that it reads or writes holds an answer.
+It prints the run's tables for docs/study.md. Of audits it writes the verdicts and the top heads into audits.json.
+Nothing that it writes holds an answer.
 """
 
 from __future__ import annotations
@@ -83,12 +85,32 @@ def groups(points: list[dict[str, Any]]) -> alt.Chart:
     return (base.mark_rule(opacity=0.5).encode(y="low:Q", y2="high:Q") + lines).properties(width=420, height=280)
 
 
+def audit(run: Path) -> dict[str, Any]:
+    """What an audit found: its verdict, what the unablated model does, and the heads of the highest mean Ships."""
+    results = RunDirectory.open(run).read_results()
+    behaviour, verdict = results["behaviour"], results["verdict"]
+    found = {key: verdict[key] for key in ("label", "sentence", "heads", "numbers")}
+    alone = [
+        {key: head[key] for key in ("head", "mean_ships", "benign_ships", "coherent_asr")}
+        for head in behaviour["heads"]
+    ]
+    unablated = {key: behaviour["vanilla"][key] for key in ("asr", "coherent_asr", "refused", "benign_answered")}
+    named = {"model": results["model"]["name"], "ablation": results["ablation"]["label"]}
+    return named | {"unablated": unablated, "verdict": found, "heads": alone}
+
+
 def main() -> None:
     """Write the files, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--audits", action="store_true", help="the runs are audits")
+    options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
-    for run in parser.parse_args().runs:
+    if options.audits:
+        lines = [json.dumps(rounded(audit(run)), separators=(",", ":")) for run in options.runs]
+        (FOLDER / "audits.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+        return
+    for run in options.runs:
         (outcome,) = [item for item in RunDirectory.open(run).read_results()["experiments"] if item["name"] == "study"]
         (model,) = outcome["models"]
         name, figures = model.rsplit(":", 1)[-1], outcome["figures"]

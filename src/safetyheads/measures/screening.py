@@ -1,9 +1,9 @@
 """Screening: finds the best heads without scoring all of them on all prompts.
 
-All heads are scored on a prompt. The best of them are scored on further prompts, and so on (successive halving); those
-that are left, the candidates, are scored on all. Prompts on which the unablated model is least sure of its next token
-come first: there ablations move it furthest, and so most of a mean lies. A random sample of the others is scored on all
-prompts too: how many of the sample belong among the best bounds how many of all the others do.
+All heads are scored on two prompts. The best of them are scored on further prompts, and so on (successive halving);
+those that are left, the candidates, are scored on all. Prompts on which the unablated model is least sure of its next
+token come first: there ablations move it furthest, and so most of a mean lies. A random sample of the others is scored
+on all prompts too: how many of the sample belong among the best bounds how many of all the others do.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ScorerOn: TypeAlias = Callable[[tuple[int, ...]], GroupScorer]
 """Gives the scorer on some of the prompts, by number."""
 
-PROMPTS = (1, 1, 2, 2, 4, 6, 6, 8)
+PROMPTS = (2, 5, 10, 14)
 """Prompts that each round adds; each leaves the same share of its heads. bench/LOG.md, 2026-11-30, has the trials."""
 
 
@@ -88,7 +88,7 @@ class Extent(Shown):
     def rounds(self, n_heads: int, n_prompts: int) -> list[tuple[int, int]]:
         """Of each round: how many heads are scored, and how many prompts it adds.
 
-        Rounds end while there are prompts that none has; of a single prompt all heads are scored on it.
+        Rounds end while there are prompts that none has; of two prompts all heads are scored on both.
         """
         n_rounds = sum(end < n_prompts for end in accumulate(PROMPTS))
         if self.n_candidates >= n_heads or not n_rounds:
