@@ -7,6 +7,7 @@ again.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import sys
 import time
@@ -286,10 +287,13 @@ class Run(Generic[Config]):
     def screening(self, name: str, whole: HeadPass, score: Score) -> tuple[ScorerOn, list[int]]:
         """What a screening for a score measures on some prompts of a set, and their order; both are kept.
 
-        ``whole`` is a pass over the set. The order is that of the process that asks first.
+        ``whole`` is a pass over the set. Ships are largest where the model is least sure, so such prompts come first; a
+        signed score is not, and of it the order is drawn. It is that of the process that asks first.
         """
-        order = self.directory.remember(f"least_sure_first_{name}", whole.least_sure_first)
-        score = Score(score.screened_by)
+        score, n = Score(score.screened_by), len(whole.sequences)
+        drawn = random.Random(getattr(self.config, "seed", 0)).sample(range(n), n)
+        order = whole.least_sure_first if score.name == "mean_ships" else drawn
+        order = self.directory.remember(f"order_of_{score.name}_{name}", order)
 
         def scorer_on(prompts: tuple[int, ...]) -> GroupScorer:
             sequences = [whole.sequences[number] for number in prompts]
