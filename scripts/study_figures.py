@@ -86,8 +86,14 @@ def groups(points: list[dict[str, Any]]) -> alt.Chart:
 
 
 def audit(run: Path) -> dict[str, Any]:
-    """What an audit found: its verdict, what the unablated model does, and the heads of the highest mean Ships."""
+    """What an audit found: its verdict, what the unablated model does, and the heads of the highest mean Ships.
+
+    Of a run of ``ships``, these heads alone.
+    """
     results = RunDirectory.open(run).read_results()
+    named = {"model": results["model"]["name"], "ablation": results["ablation"]["label"]}
+    if results["kind"] == "ships":
+        return named | {"heads": [{"head": of["head"], "mean_ships": of} for of in results["heads"][:10]]}
     behaviour, verdict = results["behaviour"], results["verdict"]
     found = {key: verdict[key] for key in ("label", "sentence", "heads", "numbers")}
     alone = [
@@ -95,7 +101,6 @@ def audit(run: Path) -> dict[str, Any]:
         for head in behaviour["heads"]
     ]
     unablated = {key: behaviour["vanilla"][key] for key in ("asr", "coherent_asr", "refused", "benign_answered")}
-    named = {"model": results["model"]["name"], "ablation": results["ablation"]["label"]}
     return named | {"unablated": unablated, "verdict": found, "heads": alone}
 
 
