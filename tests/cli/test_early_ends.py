@@ -28,7 +28,9 @@ BASE = ("demo:base", "--prompts", "demo", "--limit", "6", "--quiet")
 )
 def test_scores_of_a_model_that_refuses_nothing_are_printed_with_a_warning(run, command):
     code, out, err = run(*command)
-    assert (code, err) == (0, "")
+    # When it comes, for the run may take hours, and with the results.
+    assert (code, err.count("\n")) == (0, 1)
+    assert "scores of heads are no safety scores here" in err
     assert "scores of heads are no safety scores here" in out
 
 
