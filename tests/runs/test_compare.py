@@ -83,6 +83,13 @@ def test_near_duplicates_among_other_prompts_are_no_independent_counts(same, tmp
     assert compared(same, other).vanilla_asr.p_value is None
 
 
+def test_prompts_that_are_all_alike_give_a_concentration_no_interval(same, tmp_path, monkeypatch):
+    other = audit_run(tmp_path / "b", vanilla=first(9))
+    monkeypatch.setattr(GroupAnswers, "clusters", property(lambda self: (0,) * len(self.records)))
+    found = compared(same, other).concentration
+    assert (found.paired, found.interval) == (True, None)
+
+
 def test_without_refusals_there_is_no_group_to_compare(same, tmp_path):
     found = compared(same, audit_run(tmp_path / "b", vanilla=first(N), groups=[]))
     assert (found.group_asr.change, found.group_asr.note) == (None, "a run's verdict names no group")

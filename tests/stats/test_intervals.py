@@ -208,3 +208,11 @@ def test_each_prompt_twice_bounds_no_more_than_once():
         joined = bootstrap_interval(np.repeat(values, 2), clusters)
         assert joined == pytest.approx(bootstrap_interval(values))
         assert np.ptp(bootstrap_interval(np.repeat(values, 2))) < 0.85 * np.ptp(joined)
+
+
+def test_clusters_of_equal_means_are_no_certainty():
+    # Every resample of clusters has the same mean, as where all values are equal.
+    for values, clusters in (([0.0, 1.0, 0.0], [0, 0, 0]), ([0.0, 1.0, 0.0, 1.0], [0, 0, 1, 1])):
+        low, high = bootstrap_interval(np.array(values), clusters)
+        assert low < np.mean(values) - 0.3
+        assert high > np.mean(values) + 0.3

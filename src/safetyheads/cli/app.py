@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -160,7 +161,7 @@ def sweep(
     Unablated answers are made once for all ablations, and a model is loaded once. Models of 2048 heads and more are
     screened; screen = false in the file scores all.
     """
-    from safetyheads.judges.named import judge_named
+    from safetyheads.judges.named import WORD_JUDGES, judges_named
     from safetyheads.reports.compare import write_comparison
     from safetyheads.reports.write import write_history, write_report
     from safetyheads.runs.directory import RunDirectory
@@ -175,7 +176,8 @@ def sweep(
     out = options.out or Path("runs") / f"sweep-{key[:6]}"
     audits = {out / place: audit for place, audit in audits.items()}
     _refuse(out, report, all(audit.store_completions for audit in audits.values()))
-    options.refuse_idle_judge_workers(judge_named(name) for audit in audits.values() for name in audit.judges)
+    each = (judges_named(of.judges or WORD_JUDGES, of.judge_device, of.judge_tokens) for of in audits.values())
+    options.refuse_idle_judge_workers(chain.from_iterable(each))
 
     def load(config: AuditConfig) -> Engine:
         return load_engine(config, progress) if machine is None else machine.engine(config)

@@ -148,7 +148,7 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
 
 
 def refuse_misread(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Refuse a number that would be rounded to a whole one, and no name where the current directory would be taken."""
+    """Refuse a fraction for a whole number, and a blank path, which would mean the current directory."""
     for argument in arguments:
         kinds = argument.hint, *get_args(argument.hint)
         for token in argument.tokens:

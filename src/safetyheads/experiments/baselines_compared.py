@@ -30,7 +30,7 @@ from safetyheads.integrations.utility import VANILLA, Variant, evaluate_tasks
 from safetyheads.measures.scorers import find_openers
 from safetyheads.model.attention_swap import swapped_attention
 from safetyheads.runs.config import TaskOptions
-from safetyheads.runs.kept_answers import record_of
+from safetyheads.runs.kept_answers import has_failed, record_of
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.stored_files import Record
 from safetyheads.stats.intervals import Rate
@@ -153,7 +153,12 @@ class _Bench:
             "epsilon": lab.config.epsilon,
             "seed": lab.config.seed,
         }
-        rows = lab.directory.records("table1", fields, lambda: self._computed(method))
+
+        def mend(stored: list[Record]) -> list[Record]:
+            """What a judge failed on for a passing reason is answered and judged again, and the choice made anew."""
+            return self._computed(method) if any(map(has_failed, stored)) else stored
+
+        rows = lab.directory.records("table1", fields, lambda: self._computed(method), mend)
         swept, tested = ([row for row in rows if row["part"] == part] for part in ("swept", "tested"))
         (at_chosen,) = self._tried(tested, self.tested)
         return self._tried(swept, self.learned), at_chosen

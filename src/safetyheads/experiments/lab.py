@@ -345,8 +345,7 @@ def reproduce(
                 left_out[experiment.name] = str(error)
                 progress.say(f"left out: {experiment.name}. {error}")
             _write(run, config, left_out)
-        if not runnable:
-            _write(run, config, left_out)
+        _write(run, config, left_out, failed_judges(failures_of(run.stored_records())))
         return run.read_results()
 
 
@@ -387,7 +386,10 @@ def _keep_outcome(run: RunDirectory, experiment: Experiment, lab: Lab, again: bo
         lab.weights_of(model)
 
 
-def _write(run: RunDirectory, config: ReproductionConfig, left_out: Mapping[str, str]) -> None:
+def _write(
+    run: RunDirectory, config: ReproductionConfig, left_out: Mapping[str, str], failed: Mapping[str, Any] | None = None
+) -> None:
+    """The results so far; at the end with what judges ``failed`` on, for which every answer is read."""
     records = {record["outcome"]["name"]: record for record in run.stored_records("outcome")}
     results = {
         "schema_version": SCHEMA_VERSION,
@@ -398,7 +400,7 @@ def _write(run: RunDirectory, config: ReproductionConfig, left_out: Mapping[str,
         "left_out": {name: why for name, why in left_out.items() if name not in records},
         "catalogue": listed(config),
     }
-    run.write_results(results | failed_judges(failures_of(run.stored_records())))
+    run.write_results({**results, **(failed or {})})
 
 
 def _outcome(experiment: Experiment, lab: Lab) -> Outcome:

@@ -253,11 +253,14 @@ class HeadPass:
 
     @torch.inference_mode()
     def _read(self, hidden: Tensor) -> dict[str, Tensor]:
-        """The readouts of states [n_groups, n_wanted, d_model]; the host waits for the device once, at the end."""
+        """The readouts of states [n_groups, n_wanted, d_model].
+
+        The host waits for the device once before the angles, and at the end.
+        """
         reads_next = self.readouts.ships or self.readouts.openers or self.readouts.targets
         values = self._read_next_token(hidden) if reads_next else {}
         # Also before the angles: there is no basis of states that are not finite.
-        if not all(bool(read.isfinite().all()) for read in (hidden, *values.values())):
+        if not bool(torch.stack([read.isfinite().all() for read in (hidden, *values.values())]).all()):
             raise SafetyheadsError(OVERFLOWS.format("a score"))
         for angle in self.readouts.angles:
             values[angle.label] = principal_angle_sum(self.unablated[angle.label], self._directions(hidden, angle))

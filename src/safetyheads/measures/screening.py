@@ -1,9 +1,9 @@
 """Screening: finds the best heads without scoring all of them on all prompts.
 
 All heads are scored on two prompts. The best of them are scored on further prompts, and so on (successive halving);
-those that are left, the candidates, are scored on all. Prompts on which the unablated model is least sure of its next
-token come first: there ablations move it furthest, and so most of a mean lies. A random sample of the others is scored
-on all prompts too: how many of the sample belong among the best bounds how many of all the others do.
+those that are left, the candidates, are scored on all. Of Ships, prompts on which the unablated model is least sure
+of its next token come first: there ablations move it furthest, and so most of a mean lies. A random sample of the
+others is scored on all prompts too: how many of the sample belong among the best bounds how many of all the others do.
 """
 
 from __future__ import annotations

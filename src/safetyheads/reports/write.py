@@ -104,7 +104,8 @@ def _history_in_words(history: Mapping[str, Any]) -> str:
     rose, fell = (changes.count([verb]) for verb in ("rose", "fell"))
     if "comparisons" in history:
         labels = Counter((entry["verdict"] or "no verdict").replace("_", " ") for entry in entries)
-        found = f"{sum(labels.values())} audits: {', '.join(f'{count} {label}' for label, count in labels.items())}."
+        n, told = sum(labels.values()), ", ".join(f"{count} {label}" for label, count in labels.items())
+        found = f"{n} audit{'s' * (n > 1)}: {told}."
         moved = f" The unablated model’s coherent ASR rose by more than chance in {rose} of {len(changes)} comparisons "
         moved += f"with the audit before of the same prompts and ablation, and fell in {fell}."
         return found + moved * bool(changes)

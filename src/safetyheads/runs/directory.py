@@ -54,7 +54,7 @@ from safetyheads.runs.stored_files import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 """Version of the layout of a run directory, of its records and of ``results.json``; another version is refused."""
 
 _LOCK = ".lock-"

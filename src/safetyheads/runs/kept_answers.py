@@ -55,7 +55,8 @@ _AS_IT_IS = ("finished", "complete", "route", "changed", "behaviour", "answered"
 _WHERE_TOLD = ("surprise", "thinks", "thought", "unclosed")
 
 
-def _has_failed(record: Record) -> bool:
+def has_failed(record: Record) -> bool:
+    """Whether a judge failed on the answer for a passing reason, such as an endpoint that was down."""
     return any(verdict.get("passing") for verdict in record.get("verdicts", {}).values())
 
 
@@ -471,7 +472,7 @@ class KeptAnswers:
         """Stored or computed records; of stored ones, what a judge failed on for a passing reason is judged again."""
 
         def mend(records: list[Record]) -> Sequence[Record]:
-            failed = [record for record in records if _has_failed(record)]
+            failed = [record for record in records if has_failed(record)]
             if not failed or not self.stores_completions:
                 return compute() if failed else records
             placed, known = [], {}
@@ -485,7 +486,7 @@ class KeptAnswers:
                 known[*answer_key(number, token_ids), finished] = sound
             judged = iter(self.judging.judged(placed, known=known))
             return [
-                {**record, "verdicts": record_of(next(judged), {}, True)["verdicts"]} if _has_failed(record) else record
+                {**record, "verdicts": record_of(next(judged), {}, True)["verdicts"]} if has_failed(record) else record
                 for record in records
             ]
 

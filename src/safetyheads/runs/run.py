@@ -288,7 +288,7 @@ class Run(Generic[Config]):
         """What a screening for a score measures on some prompts of a set, and their order; both are kept.
 
         ``whole`` is a pass over the set. Ships are largest where the model is least sure, so such prompts come first; a
-        signed score is not, and of it the order is drawn. It is that of the process that asks first.
+        signed score is not, and of it the order is drawn. Later processes take the order that the first one stored.
         """
         score, n = Score(score.screened_by), len(whole.sequences)
         drawn = random.Random(getattr(self.config, "seed", 0)).sample(range(n), n)

@@ -287,7 +287,8 @@ def skewed_mean(values: Sequence[float], clusters: Sequence[int] | None = None) 
 
     For most heads a few prompts hold most of the sum. A sample that misses them looks even, so no rule that sees only
     the sample can tell when an interval of the mean covers (docs/statistics.md). That of the median always does.
-    ``clusters`` [n_prompts] are near-duplicates: the median is then of as many prompts as those below it are worth.
+    ``clusters`` [n_prompts] are near-duplicates: the median's interval is then as wide as for the number of independent
+    prompts that they are worth.
     """
     mean = mean_with_interval(values)
     ordered = sorted(float(value) for value in values)
@@ -305,17 +306,17 @@ def bootstrap_interval(
     """95 % percentile bootstrap interval of the mean of values [n_prompts], one a prompt.
 
     Prompts are drawn, or ``clusters`` of near-duplicates [n_prompts], not answers: several answers to one prompt are
-    not independent. Where all values are equal, resampling would give a point, and claim a certainty that n values do
-    not have. There the interval is the exact bound (Clopper and Pearson) on the share of other values that n draws can
-    have missed, all taken to lie at one end.
+    not independent. Where all values, or the means of all clusters, are equal, resampling would give a point, and claim
+    a certainty that n values do not have. There the interval is the exact bound (Clopper and Pearson) on the share of
+    other values that n draws can have missed, all taken to lie at one end.
 
     ``least`` and ``most`` are the lowest and the highest value that can occur.
     """
     places = places_of(len(values), clusters)
     sizes = np.bincount(places)
     n, (low_tail, high_tail) = len(sizes), ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
-    if np.ptp(values) < 1e-12:
-        value, missed = float(values[0]), 1 - low_tail ** (1 / n)
+    if np.ptp(np.bincount(places, values) / sizes) < 1e-12:
+        value, missed = float(np.mean(values)), 1 - low_tail ** (1 / n)
         return value - missed * (value - least), value + missed * (most - value)
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=N_RESAMPLES)
     low, high = np.quantile(draws @ np.bincount(places, values) / (draws @ sizes), [low_tail, high_tail]).tolist()
