@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tiny_models import COMMON, build, saved
 from transformers import LlamaConfig
@@ -84,6 +84,8 @@ slowly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 @settings(slowly, max_examples=30)
 @given(CHANGES)
+@example({("generation_config.json", "eos_token_id"): {"rope_type": "linear"}})
+@example({("config.json", "eos_token_id"): {"0": 5}})
 def test_any_field_is_read_or_refused_in_one_line(whole, tmp_path_factory, changes):
     read_or_refused(whole, tmp_path_factory.getbasetemp() / "broken", changes)
 

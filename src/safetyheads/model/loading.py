@@ -217,6 +217,9 @@ def look_at_directory(path: Path, name: str, options: LoadOptions | None = None,
     if not (path / "config.json").is_file():
         raise InputError(f"{name} has no config.json, so it is not a model directory")
     found = {kept: read_json(path / kept) for kept in _SETTINGS_FILES if (path / kept).is_file()}
+    for which, fields in found.items():
+        for key in (key for key, value in fields.items() if key.endswith("_token_id") and isinstance(value, dict)):
+            raise InputError(f"{which} of {name} is wrong: {key} must be a number or a list; got {fields[key]!r}")
     for place, value in leaves(found):
         which, _, key = place.partition(".json.")
         # Lists give a number to each layer, or several that end an answer.
