@@ -487,7 +487,7 @@ def changes_of_concentration(draws: int) -> tuple[float, float]:
         sides = [random_effects(generator, 100, 20, 1, 0.3, gain, 1.0) for gain in (0.5, 0.8)]
         gained = np.subtract(*(prompt_gains(found, [0] * 100)[0] for found, _ in reversed(sides)))
         truth = sides[1][1] - sides[0][1]
-        covered += covers(change_interval(gained, [found for found, _ in sides]), truth)
+        covered += covers(change_interval(gained, [found for found, _ in sides]) or (0, 0), truth)
         apart += covers(bootstrap_interval(gained), truth)
     _told("change of the concentration, a bootstrap over prompts alone", apart / draws)
     return _told("change of the concentration", covered / draws), apart / draws

@@ -161,7 +161,6 @@ def sweep(
     Unablated answers are made once for all ablations, and a model is loaded once. Models of 2048 heads and more are
     screened; screen = false in the file scores all.
     """
-    from safetyheads.judges.named import WORD_JUDGES, judges_named
     from safetyheads.reports.compare import write_comparison
     from safetyheads.reports.write import write_history, write_report
     from safetyheads.runs.directory import RunDirectory
@@ -176,8 +175,7 @@ def sweep(
     out = options.out or Path("runs") / f"sweep-{key[:6]}"
     audits = {out / place: audit for place, audit in audits.items()}
     _refuse(out, report, all(audit.store_completions for audit in audits.values()))
-    each = (judges_named(of.judges or WORD_JUDGES, of.judge_device, of.judge_tokens) for of in audits.values())
-    options.refuse_idle_judge_workers(chain.from_iterable(each))
+    options.refuse_idle_judge_workers(chain.from_iterable(map(_judges_of, audits.values())))
 
     def load(config: AuditConfig) -> Engine:
         return load_engine(config, progress) if machine is None else machine.engine(config)
@@ -276,12 +274,7 @@ def _run(
     config, out = settled(config, where.out, kind)
     shard, machine = where.parsed_shard, where.parsed_machine
     _refuse(out, report, getattr(config, "store_completions", True))
-    judges: tuple[Judge, ...] = ()
-    if isinstance(config, JudgeOptions):
-        from safetyheads.judges.named import WORD_JUDGES, judges_named
-
-        judges = judges_named(config.judges or WORD_JUDGES, config.judge_device, config.judge_tokens)
-    where.refuse_idle_judge_workers(judges)
+    where.refuse_idle_judge_workers(_judges_of(config) if isinstance(config, JudgeOptions) else ())
     progress = show.progress_for(output.quiet)
     with progress.track("reading prompts or tasks", 1):
         data = read(config)
@@ -627,6 +620,13 @@ def _refuse(out: Path, report: ReportOptions | None, stores_completions: bool) -
         raise InputError(f"{out} cannot be written: {existing} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{out} cannot be written: no permission to write in {existing}")
+
+
+def _judges_of(config: JudgeOptions) -> tuple[Judge, ...]:
+    """The judges of a config, both of words where it names none; refused here, before a model is loaded."""
+    from safetyheads.judges.named import WORD_JUDGES, judges_named
+
+    return judges_named(config.judges or WORD_JUDGES, config.judge_device, config.judge_tokens)
 
 
 def _finish(

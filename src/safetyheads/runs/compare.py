@@ -20,7 +20,7 @@ from safetyheads.files import read_toml
 from safetyheads.runs.rates import rate_as_json
 from safetyheads.runs.reader import OUTCOMES, RateRecord, RunReader
 from safetyheads.stats.gain_over_random import change_interval, prompt_gains
-from safetyheads.stats.intervals import Interval, Rate, monotone_bounds, newcombe_interval, places_of
+from safetyheads.stats.intervals import Interval, Rate, monotone_bounds, newcombe_interval
 from safetyheads.stats.ranking import HeadsMoved, RankAgreement, moved, rank_agreement
 from safetyheads.stats.testing import PairedDifference, paired_difference
 
@@ -189,9 +189,7 @@ def _concentration_change(before: RunReader, after: RunReader) -> Change:
         alike = old_sizes == new_sizes and len(old) == len(new)
         if alike and old_sizes and bool(old_random) == bool(new_random):
             gained, n = new - old, len(old)
-            clusters = before.under("harmful").clusters
-            several = len(set(places_of(n, clusters).tolist())) > 1
-            interval = change_interval(gained, sides, clusters) if several else None
+            interval = change_interval(gained, sides, before.under("harmful").clusters)
             means = float(old.mean()), float(new.mean()), float(gained.mean())
             left_out = "" if sizes[0] == sizes[1] else "over the sizes that both have"
             return Change(*means, interval, (n, n), True, None, left_out)

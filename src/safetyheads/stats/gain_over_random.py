@@ -174,15 +174,19 @@ def _variance_of_groups(kept: Sequence[SizeOutcome], place: NDArray[np.intp]) ->
 
 def change_interval(
     gained: FloatArray, sides: Sequence[Sequence[SizeOutcome]], clusters: Sequence[int] | None = None
-) -> Interval:
+) -> Interval | None:
     """95 % interval of a change of concentration over the same prompts, crossed over prompts and random groups.
+
+    None below two prompts, or two clusters of them.
 
     A bootstrap over the prompts' changes [n_prompts], or clusters of them, squared and added to what each side's random
     groups leave open (Student's quantile). The groups of both sides are taken to be drawn apart; where they are the
     same heads, and do alike in both models, the interval is wider than it needs to be.
     """
-    value, (low, high) = float(gained.mean()), bootstrap_interval(gained, clusters, least=-2.0, most=2.0)
     place = places_of(len(gained), clusters)
+    if len(np.unique(place)) < 2:
+        return None
+    value, (low, high) = float(gained.mean()), bootstrap_interval(gained, clusters, least=-2.0, most=2.0)
     groups = [_variance_of_groups(kept, place) for kept in sides]
     freedom = min(n_groups for _, n_groups in groups) - 1
     half = float(scipy.special.stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(sum(part for part, _ in groups))
