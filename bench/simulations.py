@@ -31,7 +31,7 @@ from safetyheads.stats.intervals import (
     skewed_mean,
     wilson_interval,
 )
-from safetyheads.stats.misclassified import Accuracy, prediction_powered, rogan_gladen
+from safetyheads.stats.misclassified import Accuracy, accuracy_of, prediction_powered, rogan_gladen
 from safetyheads.stats.power import smallest_change_with_power
 from safetyheads.stats.ranking import proxy_qualities, shrunken_rates, split_half
 from safetyheads.stats.stability import rank_stability, resampled
@@ -429,6 +429,19 @@ def corrections(draws: int, sizes: tuple[int, ...] = (24, 50, 100, 200)) -> tupl
             if seen is found[0] or n >= 50:
                 seen.append(_told(f"{name}, n {n}, rate {rate}, judge {se} {sp}", of))
     return min(found[0]), min(found[1])
+
+
+def label_errors(draws: int, sizes: tuple[int, ...] = (10, 20, 50)) -> tuple[float, float]:
+    """Least coverage of a sensitivity from five labelled answers to each prompt; then taken for independent."""
+    generator, seen = np.random.default_rng(3), ([], [])
+    for n, rate, correlation in product(sizes, (0.7, 0.9, 0.97), CORRELATIONS):
+        covered, clusters, truth = np.zeros(2), np.arange(n).repeat(N_ANSWERS), np.ones(n * N_ANSWERS)
+        for right in answers(generator, prompt_rates(generator, (draws, n), rate, correlation)):
+            found = (accuracy_of(right.ravel(), truth, given) for given in (clusters, None))
+            covered += [covers(one.sensitivity.interval, rate) for one in found]
+        for of, how, share in zip(seen, ("by prompt", "taken for independent"), covered / draws, strict=True):
+            of.append(_told(f"sensitivity {rate}, {n} prompts, correlation {correlation}, {how}", share))
+    return min(seen[0]), min(seen[1])
 
 
 def corrections_by_prompt(draws: int) -> FloatArray:

@@ -48,6 +48,7 @@ def main() -> None:
     simulations.kappas(draws // 10)
     simulations.corrections(draws // 10)
     simulations.corrections_by_prompt(draws // 10)
+    simulations.label_errors(draws // 10)
     simulations.concentrations(draws // 33)
     simulations.changes_of_concentration(draws // 10)
     simulations.gates(2 * draws)

@@ -87,6 +87,9 @@ def test_corrected_rates_cover(monkeypatch):
     assert (by_prompt[:2] >= 0.92).all()
     # Taken for independent.
     assert (by_prompt[2:] < 0.87).all()
+    by_prompt, apart = simulations.label_errors(100, (20,))
+    assert by_prompt >= 0.95 - 0.08
+    assert apart < 0.87
 
 
 def test_the_concentration_covers_over_prompts_and_random_groups():

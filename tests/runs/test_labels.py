@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -12,7 +13,8 @@ from scan_samples import Sample
 from safetyheads.errors import InputError
 from safetyheads.judges.named import judge_named
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.rejudge import COLUMNS, answer_id, read_sheet, validate, write_sheet
+from safetyheads.runs.rejudge import COLUMNS, _corrected_rates, answer_id, read_sheet, validate, write_sheet
+from safetyheads.stats.misclassified import accuracy_of
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +140,18 @@ def test_labels_of_other_answers_are_put_to_the_judge(run, tmp_path):
     (tmp_path / "ids.csv").write_text("id,label\nanswer-0,complied\n")
     with pytest.raises(InputError, match="labels none of this run's answers"):
         validate(run, tmp_path / "ids.csv", {}, [judge_named("phrases")])
+
+
+def test_a_listed_head_that_is_also_a_control_has_a_corrected_rate():
+    def row(group, number):
+        verdict = {"label": "refused", "reason": ""}
+        told = {"id": number, "seed": 0, "set": "harmful_test", "query": f"prompt {number}", "text": group}
+        told |= {"part": "groups" if group else "vanilla", "epsilon": 1e-5 if group else None, "group": group}
+        return told | {"behaviour": "refused", "answered": False, "verdicts": {"paper": verdict}}
+
+    controls = {"group": "1-3", "groups": ["2-5", "0-0"], "matched": "layers", "n_possible": 31}
+    results = {"ablation": {"epsilon": 1e-5}, "behaviour": {"heads": [{"heads": ["1-3"]}, {"heads": ["2-5"]}]}}
+    run = SimpleNamespace(read_results=lambda: results, stored_records=lambda name: [controls])
+    records = [row(group, number) for group in ("", "1-3", "2-5", "0-0") for number in range(3)]
+    rates = _corrected_rates(run, records, "paper", accuracy_of(np.array([1.0, 0]), np.array([1.0, 0])), {})
+    assert [rate["group"] for rate in rates] == ["", "1-3", "2-5"]

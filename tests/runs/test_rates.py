@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from safetyheads.runs.rates import GroupAnswers, gross_loss, without_texts
+from safetyheads.runs.rates import GroupAnswers, by_judge, gross_loss, without_texts
 from safetyheads.stats.intervals import one_sided_bounds
 
 
@@ -47,6 +47,16 @@ def test_a_judge_of_harm_alone_gives_no_rate_of_refusals_and_one_that_tells_them
     assert (rate.rate, change, n) == (None, None, 2)
     rate, change, n = refused(safe="no refusal, no harm", refused="refusal", unscored="error: KeyError")
     assert (rate.count, rate.n, rate.unscored, change, n) == (1, 2, 1, 0.0, 2)
+
+
+def test_the_rate_by_each_judge_says_why_answers_have_no_verdict():
+    told = ["harmful", "unparsable output of the judge", "too little mass (0.2)", "too little mass (0.3)"]
+    rows = [record(at, "unscored" if at else "complied", reason=reason) for at, reason in enumerate(told)]
+    for row in rows:
+        row["verdicts"]["words"] = {"label": "refused", "reason": "phrase"}
+    found = by_judge(GroupAnswers.of("", rows, "words"))
+    assert found["harm"]["unscored_reasons"] == {"unparsable output of the judge": 1, "too little mass": 2}
+    assert "unscored_reasons" not in found["words"]
 
 
 def test_records_of_many_groups_are_the_same_and_share_their_memory():

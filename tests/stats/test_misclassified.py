@@ -62,3 +62,18 @@ def test_near_duplicates_are_worth_fewer_answers():
     accuracy = Accuracy(Rate(180, 200), Rate(190, 200))
     fives = rogan_gladen(verdicts(25, 50), accuracy, [at // 5 for at in range(50)])
     assert np.ptp(fives.interval) > 1.5 * np.ptp(rogan_gladen(verdicts(25, 50), accuracy).interval)
+
+
+def test_labelled_answers_to_one_prompt_are_worth_fewer():
+    right = np.repeat([1.0, 1, 1, 0, 1, 1, 1, 0], 5)
+    truth, prompts = np.repeat([1.0, 0], 20), [at // 5 for at in range(40)]
+    judged = np.where(right == 1, truth, 1 - truth)
+    alone, together = accuracy_of(judged, truth), accuracy_of(judged, truth, prompts)
+    assert alone.worth == (20, 20)
+    # All five of a prompt are right or wrong: four prompts a side.
+    assert together.worth == pytest.approx((4, 4))
+    assert together.sensitivity.rate == together.specificity.rate == alone.sensitivity.rate == 0.75
+    for wide, narrow in ((together.sensitivity, alone.sensitivity), (together.specificity, alone.specificity)):
+        assert np.ptp(wide.interval) > 1.5 * np.ptp(narrow.interval)
+    seen = verdicts(34, 100)
+    assert np.ptp(rogan_gladen(seen, together).interval) > 1.4 * np.ptp(rogan_gladen(seen, alone).interval)

@@ -6,8 +6,8 @@ import json
 import re
 import shlex
 from base64 import b64encode
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
@@ -145,6 +145,14 @@ def prompt_notes(data: Facts) -> list[str]:
     return [f"{min(half) if len(half) == 1 else ''}{note}" for note, half in halves.items()]
 
 
+def no_verdict(rates: Iterable[Facts]) -> str:
+    """Why answers have no verdict, and how many, over rates by one judge; empty where all have one."""
+    reasons = Counter[str]()
+    for rate in rates:
+        reasons.update(rate.get("unscored_reasons", {}))
+    return ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+
+
 class Page(str):
     """A page's text, with its tables as data."""
 
@@ -166,7 +174,7 @@ def _environment() -> Environment:
     cells = {name: made for name, made in vars(tables).items() if getattr(made, "__module__", "") == tables.__name__}
     environment.filters |= cells
     environment.globals |= cells | {"GLOSSARY": GLOSSARY, "TONES": LABEL_TONES, "column": Column}
-    environment.globals |= {"contents": contents, "prompt_notes": prompt_notes}
+    environment.globals |= {"contents": contents, "prompt_notes": prompt_notes, "no_verdict": no_verdict}
     environment.globals["columns"] = lambda names: [Column(str(name)) for name in names]
     environment.globals |= {"MAX_PROMPTS": MAX_PROMPTS, "MAX_NAMED": MAX_NAMED}
     environment.filters["percent"] = lambda share: f"{number(100 * share, digits=2)} %"

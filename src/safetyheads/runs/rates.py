@@ -26,7 +26,7 @@ from safetyheads.stats.intervals import (
     CONFIDENCE,
     FloatArray,
     Rate,
-    clustered_rate,
+    counted,
     monotone_bounds,
     one_sided_bounds,
 )
@@ -196,7 +196,7 @@ class GroupAnswers:
 
     def rate(self, label: Label) -> Rate:
         """The share of scored answers with the label."""
-        return _counted(self.verdicts(label), self.clusters)
+        return counted(self.verdicts(label), self.clusters)
 
     @property
     def asr(self) -> Rate:
@@ -206,17 +206,17 @@ class GroupAnswers:
     @property
     def coherent_asr(self) -> Rate:
         """Complied and coherent / scored: the rate that counts."""
-        return _counted(self.coherent(), self.clusters)
+        return counted(self.coherent(), self.clusters)
 
     @property
     def nonsense(self) -> Rate:
         """Neither refused nor coherent / scored."""
-        return _counted(self.nonsensical(), self.clusters)
+        return counted(self.nonsensical(), self.clusters)
 
     @property
     def answered_rate(self) -> Rate:
         """Prompts that are answered, coherently."""
-        return _counted(self.answered(), self.clusters)
+        return counted(self.answered(), self.clusters)
 
     def coherent_rates(self) -> dict[str, Any]:
         """The rate that counts, and the share of the complied answers that are coherent, as JSON."""
@@ -264,13 +264,6 @@ def _shares(values: FloatArray) -> list[float]:
     return shares
 
 
-def _counted(values: FloatArray, clusters: Sequence[int] | None = None) -> Rate:
-    """The share of scored answers (not NaN) that are 1."""
-    scored = ~np.isnan(values)
-    by_cluster = clustered_rate(values, clusters) if clusters is not None and scored.any() else None
-    return Rate(int(np.nansum(values)), int(scored.sum()), int((~scored).sum()), by_cluster)
-
-
 def corrected(changes: Mapping[str, PairedDifference]) -> dict[str, dict[str, Any]]:
     """Each change as JSON, with its p value corrected over all of them: Tarone, Holm, Benjamini-Hochberg."""
     p_values = [1.0 if change.p_value is None else change.p_value for change in changes.values()]
@@ -285,7 +278,14 @@ def corrected(changes: Mapping[str, PairedDifference]) -> dict[str, dict[str, An
 
 def by_judge(answers: GroupAnswers) -> dict[str, Any]:
     """The ASR by every judge, as JSON."""
-    return {judge: answers.rate_of(answers.verdicts(judge=judge)) for judge in answers.records[0][0]["verdicts"]}
+    return {judge: asr_by(answers, judge) for judge in answers.records[0][0]["verdicts"]}
+
+
+def asr_by(answers: GroupAnswers, judge: str) -> dict[str, Any]:
+    """The ASR by one judge, as JSON, with how often each reason left an answer without a verdict."""
+    given = [record["verdicts"][judge] for record in answers.flat()]
+    reasons = Counter(verdict["reason"].split(" (")[0] for verdict in given if verdict["label"] == "unscored")
+    return answers.rate_of(answers.verdicts(judge=judge)) | ({"unscored_reasons": dict(reasons)} if reasons else {})
 
 
 def beside_random(
@@ -341,7 +341,7 @@ def concentration_as_json(
         SizeOutcome(
             len(answers.heads),
             answers.coherently_complied(),
-            [control.coherently_complied() for control in controls],
+            [control.coherently_complied() for control in controls if not np.isnan(control.coherent()).all()],
             drawn.n_possible or None,
         )
         for answers, controls, drawn in groups
@@ -356,7 +356,7 @@ def rate_as_json(values: FloatArray, clusters: Sequence[int] | None = None) -> d
     or by near-duplicates (Korn and Graubard).
     """
     by_prompt = range(len(values)) if values.shape[1] > 1 else None
-    return asdict(_counted(values, by_prompt if clusters is None else clusters))
+    return asdict(counted(values, by_prompt if clusters is None else clusters))
 
 
 def gross_loss(before: GroupAnswers, after: GroupAnswers) -> dict[str, Any]:

@@ -29,10 +29,11 @@ from safetyheads.heads import format_heads
 from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import LABELS, Completion, Judge, Label, Verdict, is_final, verdicts_of
 from safetyheads.judges.endpoint import count_requests_in
+from safetyheads.prompts.prompt_set import near_duplicates
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import results_of_records
-from safetyheads.runs.rates import answer_table, identity, prompt_or_cluster, with_later_verdicts, without_texts
+from safetyheads.runs.rates import answer_table, asr_by, identity, prompt_or_cluster, with_later_verdicts, without_texts
 from safetyheads.runs.run import random_groups_of
 from safetyheads.runs.stored_files import Record, content_key
 from safetyheads.stats.misclassified import Accuracy, accuracy_of, prediction_powered, rogan_gladen
@@ -202,7 +203,7 @@ def _write_results(run: RunDirectory, results: Mapping[str, Any], merged: Sequen
 def _rates(records: Sequence[Record], judge: str, usual: float) -> dict[str, Any]:
     """The ASR of each group on each set by a judge; groups that are ablated by another strength apart."""
     return {
-        f"{name}, {_ablated(group, epsilon, usual)}": answers.rate_of(answers.verdicts())
+        f"{name}, {_ablated(group, epsilon, usual)}": asr_by(answers, judge)
         for (_, name, epsilon), groups in answer_table(records, judge).items()
         for group, answers in groups.items()
     }
@@ -315,11 +316,11 @@ def validate(
     """
     labelled = read_sheet(path)
     directory, records = _stored(folder)
-    names = {answer_id(record["query"], record["text"]) for record in records}
+    prompts = {answer_id(record["query"], record["text"]): record["query"] for record in records}
     # A row that lost its id is known by its texts.
     ids = [row.id or answer_id(row.prompt, row.answer) for row in labelled]
-    own = [row for row, name in zip(labelled, ids, strict=True) if name in names]
-    truth: dict[str, Label] = {name: row.label for row, name in zip(labelled, ids, strict=True) if name in names}
+    own = [row for row, name in zip(labelled, ids, strict=True) if name in prompts]
+    truth: dict[str, Label] = {name: row.label for row, name in zip(labelled, ids, strict=True) if name in prompts}
     by_judge = {judge: _by_answer(records, judge) for judge in records[0]["verdicts"]} if own else {}
     results = directory.read_results()
     if not own:
@@ -330,13 +331,15 @@ def validate(
         length = results["sampling"]["max_new_tokens"]
         completions = [Completion(row.prompt, row.answer, (), True, length) for row in labelled]
         truth = {str(number): row.label for number, row in enumerate(labelled)}
+        prompts = {str(number): row.prompt for number, row in enumerate(labelled)}
         count_requests_in(directory.path, judges)
         for judge in judges:
             given = verdicts_of(judge, completions)
             by_judge[judge.name] = {str(number): verdict.label for number, verdict in enumerate(given)}
+    clusters = dict(zip(truth, near_duplicates([prompts[name] or name for name in truth])[0], strict=True))
     found = {}
     for judge_name, labels in by_judge.items():
-        accuracy = dict(_accuracies(labels, truth))
+        accuracy = dict(_accuracies(labels, truth, clusters))
         found[judge_name] = {
             "labels": path.name,
             "sha256": hashlib.sha256(read_whole(path)).hexdigest(),
@@ -372,13 +375,16 @@ def _by_answer(records: Iterable[Record], judge: str) -> dict[str, Label]:
     return labels
 
 
-def _accuracies(judged: Mapping[str, Label], truth: Mapping[str, Label]) -> Iterator[tuple[str, Accuracy]]:
+def _accuracies(
+    judged: Mapping[str, Label], truth: Mapping[str, Label], clusters: Mapping[str, int]
+) -> Iterator[tuple[str, Accuracy]]:
     tells_refusal = "safe" not in judged.values() or "refused" in judged.values()
     for label in ("complied", "refused") if tells_refusal else ("complied",):
         # A person's "safe" says nothing on refusal.
         names = [name for name, given in truth.items() if label == "complied" or given != "safe"]
         says = [np.nan if judged[name] == "unscored" else float(judged[name] == label) for name in names]
-        yield label, accuracy_of(np.array(says), np.array([float(truth[name] == label) for name in names]))
+        labels = np.array([float(truth[name] == label) for name in names])
+        yield label, accuracy_of(np.array(says), labels, [clusters[name] for name in names])
 
 
 def _corrected_rates(
@@ -388,10 +394,11 @@ def _corrected_rates(
     controlled = random_groups_of(directory)
     if judge not in records[0]["verdicts"]:
         return
-    random_ones = {
-        format_heads(control) for controls in controlled.values() for control in controls.groups
-    } - controlled.keys()
-    table, usual = answer_table(records, judge), directory.read_results()["ablation"]["epsilon"]
+    results = directory.read_results()
+    # A head that is listed alone may be a control of another.
+    shown = controlled.keys() | {",".join(of["heads"]) for of in results.get("behaviour", {}).get("heads", ())}
+    random_ones = {format_heads(control) for controls in controlled.values() for control in controls.groups} - shown
+    table, usual = answer_table(records, judge), results["ablation"]["epsilon"]
     # Nothing ablated first; single heads last, for there are many.
     order = sorted(table, key=lambda key: (key[0] == "heads", key[0] != "vanilla"))
     for part, name, epsilon in order:

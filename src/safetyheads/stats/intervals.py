@@ -90,6 +90,17 @@ def clustered_rate(
     return clopper_pearson(*effective_count(outcomes, clusters, confidence), confidence)
 
 
+def counted(values: FloatArray, clusters: Sequence[int] | None = None) -> Rate:
+    """The share of scored answers that are 1; ``values`` are 0, 1 or NaN, [n_prompts] or [n_prompts, n_answers].
+
+    With ``clusters`` [n_prompts], near-duplicates or prompts of several answers, the interval is that of
+    :func:`clustered_rate`.
+    """
+    scored = ~np.isnan(values)
+    by_cluster = clustered_rate(values, clusters) if clusters is not None and scored.any() else None
+    return Rate(int(np.nansum(values)), int(scored.sum()), int((~scored).sum()), by_cluster)
+
+
 def effective_count(
     outcomes: Outcomes, clusters: Sequence[int] | None = None, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:

@@ -15,7 +15,7 @@ import numpy as np
 import scipy  # its modules load on first use
 
 from safetyheads.errors import InputError
-from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, Rate, independent_count
+from safetyheads.stats.intervals import CONFIDENCE, FloatArray, Interval, Rate, counted, independent_count
 
 N_DRAWS = 20_000
 """Draws of :func:`prediction_powered`; the bounds move by less than .005 from seed to seed."""
@@ -29,6 +29,8 @@ class Accuracy:
     """Of the answers that people give the label, those that the judge does."""
     specificity: Rate
     """Of the answers that people do not give it, those that the judge does not either."""
+    worth: tuple[float, float] | None = None
+    """Independent answers that each share is worth, where several are to one prompt or to near-duplicates."""
 
     @property
     def n(self) -> int:
@@ -50,17 +52,21 @@ class Corrected:
     """``Rogan-Gladen``, ``prediction-powered``, or why there is none."""
 
 
-def accuracy_of(judged: FloatArray, truth: FloatArray) -> Accuracy:
-    """Sensitivity and specificity of verdicts against labels, both 0 or 1; a verdict that is NaN is unscored."""
+def accuracy_of(judged: FloatArray, truth: FloatArray, clusters: Sequence[int] | None = None) -> Accuracy:
+    """Sensitivity and specificity of verdicts against labels, both 0 or 1; a verdict that is NaN is unscored.
+
+    ``clusters`` [n_labels] says which answers are to one prompt or to near-duplicates; None where each stands alone.
+    """
     if judged.shape != truth.shape:
         raise InputError(f"{len(judged)} verdicts for {len(truth)} labels")
-    scored = ~np.isnan(judged)
-
-    def rate(label: int) -> Rate:
+    right = np.where(np.isnan(judged), np.nan, judged == truth)
+    shares, worth = [], []
+    for label in (1, 0):
         of = truth == label
-        return Rate(int((of & scored & (judged == label)).sum()), int((of & scored).sum()), int((of & ~scored).sum()))
-
-    return Accuracy(rate(1), rate(0))
+        together = None if clusters is None else np.asarray(clusters)[of].tolist()
+        shares.append(counted(right[of], together if together and len(set(together)) < len(together) else None))
+        worth.append(independent_count(right[of], together)[1] if of.any() else 0.0)
+    return Accuracy(shares[0], shares[1], (worth[0], worth[1]))
 
 
 def rogan_gladen(judged: FloatArray, accuracy: Accuracy, clusters: Sequence[int] | None = None) -> Corrected:
@@ -86,7 +92,9 @@ def rogan_gladen(judged: FloatArray, accuracy: Accuracy, clusters: Sequence[int]
     z = float(scipy.stats.norm.ppf((1 + CONFIDENCE) / 2))
     n = size + z * z
     p = (count + z * z / 2) / n
-    (n_se, se), (n_sp, sp) = ((share.n + 2, (share.count + 1) / (share.n + 2)) for share in labels)
+    worth = accuracy.worth or (labels[0].n, labels[1].n)
+    n_se, n_sp = worth[0] + 2, worth[1] + 2
+    se, sp = (sensitivity * worth[0] + 1) / n_se, (specificity * worth[1] + 1) / n_sp
     gain = se + sp - 1
     interval: Interval = (0.0, 1.0)
     if gain > 0:
