@@ -316,6 +316,30 @@ def test_answers_without_a_verdict_never_pass_a_gate(same, tmp_path):
     assert outcome(failed, "asr_increase > 0.9") == NOT_JUDGED
 
 
+def test_a_judge_that_failed_under_the_groups_passes_no_gate(same, tmp_path):
+    # As if no answer under B's groups complied: a concentration far lower than A's.
+    found = compared(same, audit_run(tmp_path / "b", groups=[first(0)] * 2, failed=N))
+    assert found.concentration.unknown == 2 * N
+    assert found.concentration.change < -0.5
+    assert outcome(found, "concentration_increase > 0.1") == FAILED
+    few = compared(same, audit_run(tmp_path / "c", failed=1))
+    assert (few.concentration.change, few.concentration.unknown) == (0, 2)
+    low, high = few.concentration.at_worst
+    # One prompt of twenty at both sizes.
+    assert (low[1], high[1]) == (pytest.approx(0), pytest.approx(1 / N))
+    assert outcome(few, "concentration_increase > 0.9") == PASSED
+
+
+def test_heads_of_a_scan_with_few_verdicts_are_not_compared(tmp_path):
+    before = RunReader(scan_run(tmp_path / "a", {"1-3": 15}, significant=("1-3",)))
+    after = RunReader(scan_run(tmp_path / "b", {}))
+    assert check_gate(parse_condition("heads_new > 0"), compare_runs(before, after))["outcome"] == PASSED
+    for head in after.results["heads"]:
+        head["asr"] |= {"unscored": 2, "n": N - 2}
+    gate = check_gate(parse_condition("heads_new > 0"), compare_runs(before, after))
+    assert (gate["outcome"], "under single heads of B, 64 of 640" in gate["reason"]) == (NOT_JUDGED, True)
+
+
 def test_an_audit_that_stopped_early_cannot_be_compared(same, tmp_path):
     early = audit_run(tmp_path / "b", vanilla=first(N), groups=[], stopped_early="it refuses 0 of 20 prompts")
     found = compared(same, early)

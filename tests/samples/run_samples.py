@@ -62,11 +62,13 @@ def audit_run(
     said: Sequence[str] | None = None,
     benign: Sequence[str] | None = None,
     stopped_early: str | None = None,
+    failed: int = 0,
 ) -> Path:
     """A finished audit: which prompts comply unablated, under the group of each size, and under its random groups.
 
     ``scores`` are of the lead score, by head; the others score 0.001 to 0.032, the later the more. ``said`` and
-    ``benign`` are the labels of the unablated answers to harmful and to benign prompts.
+    ``benign`` are the labels of the unablated answers to harmful and to benign prompts. On the last ``failed`` answers
+    under each group its judge failed.
     """
     vanilla = first(1) if vanilla is None else list(vanilla)
     labels = ["complied" if complied else "refused" for complied in vanilla] if said is None else list(said)
@@ -80,7 +82,7 @@ def audit_run(
         named = dict(zip((",".join(names[:size]) for names in RANDOM_HEADS), controls, strict=False))
         group = ",".join(heads[:size])
         made.append(group_as_json(before, outcome(parse_heads(group), (complied, complied, n, n), named, n)))
-        stored |= {group: complied} | named
+        stored |= {group: [*complied[: n - failed], *["unscored"] * failed]} | named
     results["verdict"] |= {"heads": list(heads[: len(groups)]), "size": len(groups), "scorer": LEAD}
     if not groups:
         results["verdict"] |= {"label": "no refusals to lose"}

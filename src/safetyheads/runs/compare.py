@@ -18,9 +18,9 @@ from safetyheads.display import Table
 from safetyheads.errors import InputError, shorten
 from safetyheads.files import read_toml
 from safetyheads.runs.rates import rate_as_json
-from safetyheads.runs.reader import OUTCOMES, RateRecord, RunReader
+from safetyheads.runs.reader import OUTCOMES, RateRecord, RunReader, lead_groups
 from safetyheads.stats.gain_over_random import change_interval, prompt_gains
-from safetyheads.stats.intervals import Interval, Rate, monotone_bounds, newcombe_interval
+from safetyheads.stats.intervals import CONFIDENCE, Interval, Rate, monotone_bounds, newcombe_interval
 from safetyheads.stats.ranking import HeadsMoved, RankAgreement, moved, rank_agreement
 from safetyheads.stats.testing import PairedDifference, paired_difference
 
@@ -69,7 +69,8 @@ class Change:
     """With such answers: the change if all of them spoke for a fall, and if all of them spoke for a rise; None where
     that cannot be computed."""
     shown: str = field(init=False)
-    """What the interval shows. It never says that nothing changed, for no interval shows that."""
+    """What the interval and, where there is one, the test show. It never says that nothing changed: no interval shows
+    that."""
 
     def __post_init__(self) -> None:
         shown = ""
@@ -78,7 +79,7 @@ class Change:
             shown = f"no change shown: between {low:+.2f} and {high:+.2f}"
             if self.before is None:
                 shown = f"at least {low:.2f}, at most {high:.2f}"
-            elif low > 0 or high < 0:
+            elif (low > 0 or high < 0) and (self.p_value is None or self.p_value <= 1 - CONFIDENCE):
                 shown = f"rose by at least {low:.2f}" if low > 0 else f"fell by at least {-high:.2f}"
         object.__setattr__(self, "shown", shown)
 
@@ -178,27 +179,46 @@ def _damage(runs: tuple[RunReader, RunReader]) -> Change:
 def _concentration_change(before: RunReader, after: RunReader) -> Change:
     """Paired from the stored answers, over the sizes that both have; else from the two intervals in the results."""
     note = _why_unpaired((before, after))
-    old_side, new_side = before.size_outcomes(), after.size_outcomes()
-    if not note and old_side is not None and new_side is not None:
-        sizes = [[outcome.size for outcome in side[0]] for side in (old_side, new_side)]
-        shared = {*sizes[0]} & {*sizes[1]}
-        sides = [[outcome for outcome in side[0] if outcome.size in shared] for side in (old_side, new_side)]
-        (old, old_sizes, old_random), (new, new_sizes, new_random) = (
-            prompt_gains(side, vanilla) for side, (_, vanilla) in zip(sides, (old_side, new_side), strict=True)
-        )
-        alike = old_sizes == new_sizes and len(old) == len(new)
-        if alike and old_sizes and bool(old_random) == bool(new_random):
-            gained, n = new - old, len(old)
-            interval = change_interval(gained, sides, before.under("harmful").clusters)
-            means = float(old.mean()), float(new.mean()), float(gained.mean())
-            left_out = "" if sizes[0] == sizes[1] else "over the sizes that both have"
-            return Change(*means, interval, (n, n), True, None, left_out)
+    if not note and (paired := _paired_concentration(before, after)):
+        change, unknown = paired
+        ends = (((1, 0), (0, 1)), ((0, 1), (1, 0))) if unknown else ()
+        worst = [found[0] for end in ends if (found := _paired_concentration(before, after, end))]
+        at_worst = (_bounds(worst[0]), _bounds(worst[1])) if len(worst) == 2 else None
+        return replace(change, unknown=unknown, at_worst=at_worst)
     first, second = before.concentration, after.concentration
     if first is None or second is None or first["value"] is None or second["value"] is None:
         return _no_change("a run has no concentration")
     if first["against"] != second["against"] or list(first["sizes"]) != list(second["sizes"]):
         return _no_change("the concentrations are over other sizes, or against other groups")
-    return _unpaired_change("value", first, second, note or "the answers under each group are not all read")
+    unknown = sum(group["asr"]["unscored"] for run in (before, after) for group in lead_groups(run.results))
+    change = _unpaired_change("value", first, second, note or "the answers under each group are not all read")
+    return replace(change, unknown=unknown)
+
+
+def _paired_concentration(
+    before: RunReader, after: RunReader, unscored: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+) -> tuple[Change, int] | None:
+    """The change over the same prompts, and the answers without a verdict behind it; None where that cannot be had.
+
+    ``unscored``, before and after: what such answers count as (:meth:`.RunReader.size_outcomes`).
+    """
+    both = (run.size_outcomes(given) for run, given in zip((before, after), unscored, strict=True))
+    stored = [side for side in both if side is not None]
+    if len(stored) < 2:
+        return None
+    sizes = [[outcome.size for outcome in side[0]] for side in stored]
+    shared = {*sizes[0]} & {*sizes[1]}
+    sides = [[outcome for outcome in side[0] if outcome.size in shared] for side in stored]
+    (old, old_sizes, old_random), (new, new_sizes, new_random) = (
+        prompt_gains(side, of[1]) for side, of in zip(sides, stored, strict=True)
+    )
+    if not old_sizes or old_sizes != new_sizes or len(old) != len(new) or bool(old_random) != bool(new_random):
+        return None
+    gained, n = new - old, len(old)
+    interval = change_interval(gained, sides, before.under("harmful").clusters)
+    means = float(old.mean()), float(new.mean()), float(gained.mean())
+    left_out = "" if sizes[0] == sizes[1] else "over the sizes that both have"
+    return Change(*means, interval, (n, n), True, None, left_out), stored[0][2] + stored[1][2]
 
 
 def _unpaired_change(
@@ -248,7 +268,7 @@ class Comparison(Table):
     heads: HeadsMoved | None
     """None where the models' heads do not correspond."""
     shapes_note: str
-    """Why heads are not compared, or empty."""
+    """Why heads are not compared (their number, or too few verdicts under them), or empty."""
     obstacles: tuple[str, ...]
     """Why the runs cannot be compared; whatever numbers there are pass no gate."""
     says_nothing: str
@@ -284,11 +304,10 @@ def compare_runs(before: RunReader, after: RunReader) -> Comparison:
     has_concentration = is_audit or (before.concentration and after.concentration)
     old, new = (before.tables(), after.tables()) if comparable else ({}, {})
     names = sorted((name for name in old if name in new), key=lambda name: name != before.lead_score)
-    shapes = [f"{layers} layers x {heads} heads" for layers, heads in (before.shape, after.shape)]
     what = "the verdict's group" if is_audit else "heads whose ASR differs from the unablated model's (Tarone)"
     groups = [run.lead_group["heads"] if run.lead_group else () for run in runs]
     no_group = "" if all(groups) else "a run's verdict names no group"
-    silent = [_says_nothing(run) for run in runs]
+    apart, silent = _heads_apart(before, after), [_says_nothing(run) for run in runs]
     obstacles = [f"{name} stopped early: {run.stopped_early}" for name, run in zip("AB", runs, strict=True)]
     return Comparison(
         kind=before.kind,
@@ -304,8 +323,8 @@ def compare_runs(before: RunReader, after: RunReader) -> Comparison:
         concentration=_concentration_change(before, after) if has_concentration else None,
         lead_score=before.lead_score,
         ranks=tuple(rank_agreement(name, old[name], new[name]) for name in names),
-        heads=moved(what, before.lead_heads, after.lead_heads) if comparable else None,
-        shapes_note="" if comparable else f"Heads are not compared: {shapes[0]} against {shapes[1]}.",
+        heads=None if apart else moved(what, before.lead_heads, after.lead_heads),
+        shapes_note=apart and f"Heads are not compared: {apart}.",
         obstacles=(
             *(text for text, run in zip(obstacles, runs, strict=True) if run.stopped_early),
             *[f"Model A {silent[0]}."] * bool(silent[0]),
@@ -313,6 +332,18 @@ def compare_runs(before: RunReader, after: RunReader) -> Comparison:
         says_nothing=silent[1] and f"model B {silent[1]}",
         warnings=(*[f"Model B {silent[1]}."] * bool(silent[1]), *_weak_points(before, after)),
     )
+
+
+def _heads_apart(before: RunReader, after: RunReader) -> str:
+    """Why the heads that two runs name cannot be compared; empty where they can."""
+    if before.shape != after.shape:
+        return " against ".join(f"{layers} layers x {heads} heads" for layers, heads in (before.shape, after.shape))
+    for name, run in (("A", before), ("B", after)):
+        rates = [head["asr"] for head in run.results["heads"]] if run.kind == "scan" else ()
+        unscored, n = (sum(rate[field] for rate in rates) for field in ("unscored", "n"))
+        if unscored > MOST_UNSCORED * (n + unscored):
+            return f"under single heads of {name}, {unscored} of {n + unscored} answers have no verdict"
+    return ""
 
 
 def _says_nothing(run: RunReader) -> str:

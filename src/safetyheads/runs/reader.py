@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
+import numpy as np
+
 from safetyheads.display import Table, chart, rate_row
 from safetyheads.errors import InputError
 from safetyheads.files import leaves
@@ -283,31 +285,37 @@ class RunReader(FinishedRun):
         lead = self.results["lead_judge"]
         return {key: GroupAnswers.of(of[0]["group"], of, lead, self.limit) for key, of in stored.items()}
 
-    def size_outcomes(self) -> tuple[list[SizeOutcome], list[bool]] | None:
-        """Outcomes of an audit's lead groups and of its unablated model, prompts in order; None if not all are stored.
+    def size_outcomes(self, unscored: tuple[int, int] = (0, 0)) -> tuple[list[SizeOutcome], list[bool], int] | None:
+        """Outcomes of an audit's lead groups and of its unablated model, prompts in order, and how many answers behind
+        them have no verdict; None if not all are stored.
 
-        An answer without a verdict, or an incoherent one, has not complied, as in the audit's own concentration.
+        An incoherent answer has not complied, as in the audit's own concentration; nor has one without a verdict,
+        unless ``unscored`` says otherwise: of the groups, and of what they are compared with.
         """
         if self.kind != "audit" or self.concentration is None:
             return None
-        unablated = self.under("harmful")
+        unablated, n_unscored = self.under("harmful"), 0
 
-        def complied(heads: Iterable[str]) -> list[bool]:
+        def complied(heads: Iterable[str], where_unscored: int) -> list[bool]:
+            nonlocal n_unscored
             answers = self.under("harmful", heads)
             if answers.prompts != unablated.prompts:
                 raise LookupError
-            return list((answers.coherent() == 1).any(axis=1).tolist())
+            outcomes = answers.coherent()
+            n_unscored += int(np.isnan(outcomes).sum())
+            return list((np.nan_to_num(outcomes, nan=where_unscored) == 1).any(axis=1).tolist())
 
         sizes = []
         try:
             for group in lead_groups(self.results):
                 drawn = group["random"] or {"groups": (), "n_possible": None}
-                controls = [*map(complied, drawn["groups"])]
-                n_possible = drawn.get("n_possible")
-                sizes.append(SizeOutcome(int(group["size"]), complied(group["heads"]), controls, n_possible))
-            return (sizes, complied(())) if sizes and unablated.records else None
+                controls = [complied(heads, unscored[1]) for heads in drawn["groups"]]
+                own = complied(group["heads"], unscored[0])
+                sizes.append(SizeOutcome(int(group["size"]), own, controls, drawn.get("n_possible")))
+            vanilla = complied((), unscored[1])
         except LookupError:  # a group or a prompt whose answers are not stored
             return None
+        return (sizes, vanilla, n_unscored) if sizes and unablated.records else None
 
 
 def _scored(values: Mapping[str, float | None]) -> dict[str, float]:
