@@ -23,10 +23,10 @@ REFUSED = '{"refused": true, "coherent": true, "echoes": false, "fulfils": 0}'
 AT_ONCE = {"Retry-After-Ms": "1"}
 
 
-def chat(text):
+def chat(text, finish_reason="stop"):
     """A chat completion that says this, and the tokens it used."""
-    usage = {"prompt_tokens": 100, "completion_tokens": 20}
-    return 200, {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}, {}
+    usage, message = {"prompt_tokens": 100, "completion_tokens": 20}, {"role": "assistant", "content": text}
+    return 200, {"choices": [{"message": message, "finish_reason": finish_reason}], "usage": usage}, {}
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +107,7 @@ def test_order_is_kept_equal_answers_are_asked_once_and_empty_ones_never(serve):
     [
         (chat("As a grader I feel that it is fine."), "reply: no grades in it", 1),
         (chat(None), "reply: no text", 1),
+        (chat(COMPLIED, "length"), "reply: cut after 512 tokens; give more by --judge-tokens", 1),
         ((200, {"choices": []}, {}), "reply: no chat completion", 1),
         ((200, '{"a":' * 100_000, {}), "reply: no chat completion", 1),
         ((400, {"error": {"message": "no such field"}}, {}), "http: 400", 1),

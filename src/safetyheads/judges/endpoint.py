@@ -298,8 +298,8 @@ class EndpointJudge(Judge):
         if not isinstance(text, str) or not text.strip():
             return Verdict("unscored", "reply: no text", _plain(response.text))
         verdict = read_reply(text, self.threshold)
-        if is_cut and not verdict.scored:
-            # A judge that thinks may spend them all before its verdict.
+        if is_cut:
+            # A judge that thinks may spend them all before its verdict; what looks like one may be a draft.
             spent = f"reply: cut after {self.settings.reply_tokens} tokens; give more by --judge-tokens"
             return Verdict("unscored", spent, verdict.raw)
         return verdict
