@@ -4,7 +4,8 @@
 
 The files hold the answers of one model each, in XSTest's columns ``completion`` and ``final_label`` (Röttger et al.,
 2024, CC-BY-4.0). Each model is left out once, and its answers judged by what the others' taught. With ``--write`` the
-classifiers that all files taught become the package's. Partial refusals teach nothing and have a column of their own.
+classifiers that all files taught become the package's. Partial refusals teach nothing and have a table
+of their own. Beside each fold stands what the rules find without a classifier.
 Answers of few words have a classifier that short texts of ours (``refusal_wordings.toml``) taught too; of these texts a
 fifth is left out at a time.
 """
@@ -106,6 +107,12 @@ def fold(name: str, answers: Mapping[str, pandas.DataFrame]) -> tuple[Rate, Rate
     return rates(judged(answers[name]["text"].tolist()), answers[name]["label"].to_numpy())
 
 
+def by_rules_alone(answers: pandas.DataFrame) -> tuple[Rate, Rate, Rate]:
+    """The same without a classifier: by phrases, stances and openings in other languages."""
+    phrase_judge._ngrams = lambda short: (0.0, {})  # type: ignore[assignment]
+    return rates(judged(answers["text"].tolist()), answers["label"].to_numpy())
+
+
 def short_fold(answers: Mapping[str, pandas.DataFrame]) -> tuple[Rate, Rate, Rate]:
     """The same of the short texts, a part at a time judged by what all others taught."""
     short = short_texts()
@@ -130,11 +137,15 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the classifier of all files into the package")
     options = parser.parse_args()
     answers = {path.stem: read(path) for path in options.files}
-    table = Table("left out", "recall", "precision", "partial refusals read as refusals")
-    for name in answers:
-        table.add_row(name, *map(str, fold(name, answers)))
-    table.add_row("short texts", *map(str, short_fold(answers)))
-    Console(file=sys.stdout).print(table)
+    table = Table("left out", "recall", "precision", "recall, rules alone", "precision, rules alone")
+    partly = Table("left out", "partial refusals read as refusals", "by rules alone")
+    for name, given in {**answers, "short texts": short_texts()}.items():
+        *found, partial = fold(name, answers) if name in answers else short_fold(answers)
+        *by_rules, partial_by_rules = by_rules_alone(given)
+        table.add_row(name, *map(str, [*found, *by_rules]))
+        partly.add_row(name, str(partial), str(partial_by_rules))
+    for each in (table, partly):
+        Console(file=sys.stdout).print(each)
     if options.write:
         whole, parts = pandas.concat(answers.values()), []
         for name, known in (("long", whole), ("short", pandas.concat([whole, short_texts()]))):

@@ -56,6 +56,8 @@ def test_the_map_marks_what_differs() -> None:
     columns = head_columns(results_of(Sample()))
     assert (columns["differs"], columns["bh"], columns["planted"]) == (["0-1"], [], ["0-1", "1-2"])
     assert columns["scores"]["asr"][1] == pytest.approx(11 / 12, abs=1e-3)
+    # The tiles' rate: the highest is drawn towards the others.
+    assert 0.6 < columns["scores"]["shrunken"][1] < 11 / 12
     assert {len(values) for values in columns["scores"].values()} == {8}
     assert columns["best_first"][:2] == ["0-1", "1-2"]
 

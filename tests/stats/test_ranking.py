@@ -82,7 +82,7 @@ def test_the_split_half_line_is_the_other_half_and_is_compared_on_halves():
     generator = np.random.default_rng(0)
     truth = (generator.random((60, 8)) < STRENGTHS).astype(float), STRENGTHS > 0.3
     halves, perfect = split_half(*truth), quality(STRENGTHS, truth)
-    assert halves.auc == pytest.approx(1.0, abs=0.02)
+    assert halves.auc is None
     assert at(halves, 1).regret_on_halves == pytest.approx(0.0, abs=0.02)
     # The true strengths choose no worse than half of the prompts does, on the same halves and by the same measure.
     assert at(perfect, 3).regret_on_halves <= at(halves, 3).regret_on_halves + 0.01

@@ -24,7 +24,7 @@ from safetyheads.runs.config import ScanConfig
 from safetyheads.runs.kept_answers import KeptAnswers
 from safetyheads.runs.rates import GroupAnswers, gross_loss
 from safetyheads.runs.run import Run
-from safetyheads.stats.intervals import Rate, skewed_mean
+from safetyheads.stats.intervals import Rate, counted, places_of, skewed_mean
 from safetyheads.stats.testing import ALPHA, paired_difference, random_p_value
 
 N_CANDIDATES = 16
@@ -154,12 +154,15 @@ class _Study:
         every = list(self.pairs)
         coherent = np.nan_to_num([answers.coherent()[:, 0] for answers in self.pairs.values()])
         complied = np.array([answers.complied() for answers in self.pairs.values()])
-        order = np.random.default_rng(self.lab.config.seed).permutation(coherent.shape[1])
-        halves, counts = (order[::2], order[1::2]), np.zeros(2)
-        for chooses, tests in (halves, halves[::-1]):
+        clusters = next(iter(self.pairs.values())).clusters
+        # Near-duplicates stay together.
+        places = places_of(coherent.shape[1], clusters)
+        order = np.random.default_rng(self.lab.config.seed).permutation(places.max() + 1)
+        first, seen = np.isin(places, order[::2]), np.zeros((2, len(places)))
+        for chooses in (first, ~first):
             pair = int(coherent[:, chooses].mean(axis=1).argmax())
-            counts += complied[pair, tests].sum(), coherent[pair, tests].sum()
-        asr, coherent_asr = (Rate(int(count), len(order)) for count in counts)
+            seen[:, ~chooses] = complied[pair, ~chooses], coherent[pair, ~chooses]
+        asr, coherent_asr = (counted(values, clusters) for values in seen)
         return every[int(coherent.mean(axis=1).argmax())], asr, coherent_asr
 
     @cached_property

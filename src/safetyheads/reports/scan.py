@@ -282,15 +282,14 @@ def _figures(results: Results) -> dict[str, Spec]:
     for groups in (prefixes, own):
         groups.sort(key=lambda group: int(group["size"]))
     series = {OWN_HEADS: own} | ({ONE_GROUP: prefixes} if prefixes else {})
-    rates = [head["asr"]["rate"] for head in results["heads"] if head["asr"]["rate"] is not None]
+    drawn = {head["head"]: _drawn_to_all(head) for head in results["heads"]}
     found = {
         # Fig 4b.
         "asr_alone": charts.head_map(
-            charts.heat("asr", rates, "ASR with the head ablated alone", share=True),
+            charts.heat("shrunken", [rate for rate in drawn.values() if rate is not None], "ASR, shrunken", share=True),
             (results["model"]["n_layers"], n_heads),
             _head_tooltip(results),
-            "ASR of every head ablated alone, layer by head"
-            + charts.tops_in_words({head["head"]: head["asr"]["rate"] for head in results["heads"]}),
+            "ASR of every head ablated alone, shrunken, layer by head" + charts.tops_in_words(drawn),
             outlines={"bh": {"strokeWidth": 1.5, "strokeDash": [3, 2]}, "differs": {"strokeWidth": 2.5}},
             clickable=True,
         ),
@@ -305,6 +304,12 @@ def _figures(results: Results) -> dict[str, Spec]:
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
+def _drawn_to_all(head: Head) -> float | None:
+    """The head's ASR without the luck of the highest; None where no answer was scored."""
+    rate: float | None = head["shrunken"]["rate"] if head["asr"]["n"] else None
+    return rate
+
+
 def _head_tooltip(results: Results, **first: tuple[str, str]) -> list[alt.Tooltip]:
     """What a head tells; ``first``: fields that come before its ASR, each with title and format."""
     facts = first | {
@@ -312,7 +317,8 @@ def _head_tooltip(results: Results, **first: tuple[str, str]) -> list[alt.Toolti
         "answers": ("answers that comply", ""),
         "low": (f"95 % from ({results['statistics']['interval']})", ".3f"),
         "high": ("95 % to", ".3f"),
-        "change": ("change of ASR", "+.3f"),
+        "shrunken": ("ASR, shrunken", ".3f"),
+        "change": ("change of coherent ASR", "+.3f"),
         "p_tarone": ("p after Tarone", ".2~g"),
     }
     if any(head["benign"] for head in results["heads"]):
@@ -439,6 +445,7 @@ def head_columns(results: Results) -> dict[str, Any]:
         change = head["change"]
         low, high = head["asr"]["interval"] or (None, None)
         numbers = {"asr": head["asr"]["rate"], "coherent": head["coherent_asr"]["rate"], "low": low, "high": high}
+        numbers["shrunken"] = _drawn_to_all(head)
         numbers |= {name: change[name] for name in ("change", "p_tarone")}
         if has_benign:
             numbers["lost"] = benign_lost(head)

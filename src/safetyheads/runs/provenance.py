@@ -37,7 +37,6 @@ def settings_of(engine: Engine, config: Any, prompts: Mapping[str, PromptSet]) -
     template, *others = (prompt_set.template for prompt_set in prompts.values())
     if template is None or any(other != template for other in others):
         raise InputError("a run has one template for all of its prompts; these sets have different ones")
-    unfollowed = settings_not_followed(engine.model)  # of the checkpoint's generation config, by decoding
     return {
         **config.as_dict(),
         **{name: canonical_name(path) for name, path in paths.items()},
@@ -45,7 +44,6 @@ def settings_of(engine: Engine, config: Any, prompts: Mapping[str, PromptSet]) -
         **template.settings(),
         "weights_sha256": fingerprint(engine),
         **loading_facts(engine),
-        **({"generation_settings_not_followed": unfollowed} if unfollowed else {}),
         "prompts_sha256": {name: prompt_set.sha256 for name, prompt_set in prompts.items()},
         "prompt_facts": {name: prompt_set.facts() for name, prompt_set in prompts.items()},
         "references_sha256": {name: references_sha256(prompt_set) for name, prompt_set in prompts.items()},
@@ -55,12 +53,16 @@ def settings_of(engine: Engine, config: Any, prompts: Mapping[str, PromptSet]) -
 
 
 def loading_facts(engine: Engine) -> dict[str, Any]:
-    """Adapter, quantisation and commit on the hub of the model; empty where there is none."""
+    """Adapter, quantisation and commit on the hub of the model, and which of its generation settings decoding does not
+    follow; empty where there is none.
+    """
     adapter, method = engine.adapter, quantisation(engine.model) or dequantised(engine.model)
     dtype = str(engine.dtype).removeprefix("torch.")
     facts: dict[str, Any] = {} if method is None else {"quantisation": method, "dtype": dtype}
     commit = getattr(engine.model.config, "_commit_hash", None)
     facts |= {} if commit is None else {"commit": commit}
+    unfollowed = settings_not_followed(engine.model)
+    facts |= {"generation_settings_not_followed": unfollowed} if unfollowed else {}
     if adapter is not None:
         name = canonical_name(adapter.name)
         facts |= {"adapter": name, "adapter_sha256": adapter.sha256, "adapter_base": adapter.base}

@@ -135,7 +135,8 @@ def split_half(
     Its correlation is of halves, so it lies below what all prompts would reach: it is no ceiling. The reliability of
     all prompts follows from it (:func:`spearman_brown`), and the root of that bounds the correlation that any score can
     be expected to reach. Averaged over random halves; arguments as for :func:`proxy_qualities`. Which heads differ is
-    known from all prompts, so its hits and AUC are somewhat too high. None below four prompts, or clusters of them.
+    known from all prompts, so its hits are somewhat too high, and it has no AUC. None below four prompts, or clusters
+    of them.
     """
     counts = _by_cluster(complied, clusters)
     halves = _halves(counts)
@@ -151,13 +152,12 @@ def split_half(
         hits = float(np.mean([differs[heads].sum() for heads in chosen])) if differs.any() else None
         sizes.append(AtSize(k, hits, regret, regret, interval))
     spearman = _mean(next(iter(_spearmans(first, second[None])), None) for first, second in both)
-    auc = _mean(_auc(first, differs)[0] for first, _ in both)
     reliability = spearman_brown(spearman)
     return ProxyQuality(
         "split_half",
         spearman,
         _over_prompts(counts, halves, spearman),
-        auc,
+        None,
         None,
         None,
         int(differs.sum()),
