@@ -97,6 +97,10 @@ def test_a_change_has_an_interval_over_prompts_and_random_groups():
     whole = [[found[0]._replace(n_possible=20)] for found in sides]
     assert change_interval(gained, whole) == pytest.approx(bootstrap_interval(gained, least=-2, most=2))
     assert change_interval(gained, whole, [0] * len(gained)) is None
+    # One random group says nothing of others; a size without any is in no curve.
+    assert change_interval(gained, [sides[0], [sides[1][0]._replace(random=sides[1][0].random[:1])]]) is None
+    beside = [[*found, SizeOutcome(2, found[0].complied, [])] for found in sides]
+    assert change_interval(gained, beside) == change_interval(gained, sides)
     # Each prompt three times is no more than each once.
     thrice = [[SizeOutcome(1, np.repeat(one.complied, 3), np.repeat(one.random, 3, axis=1))] for (one,) in sides]
     clusters = np.repeat(range(100), 3).tolist()

@@ -177,17 +177,18 @@ def change_interval(
 ) -> Interval | None:
     """95 % interval of a change of concentration over the same prompts, crossed over prompts and random groups.
 
-    None below two prompts, or two clusters of them.
+    None below two prompts, or two clusters of them, or with one random group.
 
     A bootstrap over the prompts' changes [n_prompts], or clusters of them, squared and added to what each side's random
     groups leave open (Student's quantile). The groups of both sides are taken to be drawn apart; where they are the
     same heads, and do alike in both models, the interval is wider than it needs to be.
     """
     place = places_of(len(gained), clusters)
-    if len(np.unique(place)) < 2:
+    compared = [_comparable(kept, gained.tolist()) for kept in sides]
+    if len(np.unique(place)) < 2 or any(n_random == 1 for _, n_random in compared):
         return None
     value, (low, high) = float(gained.mean()), bootstrap_interval(gained, clusters, least=-2.0, most=2.0)
-    groups = [_variance_of_groups(kept, place) for kept in sides]
+    groups = [_variance_of_groups(kept, place) for kept, _ in compared]
     freedom = min(n_groups for _, n_groups in groups) - 1
     half = float(scipy.special.stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(sum(part for part, _ in groups))
     return max(-2.0, value - math.hypot(value - low, half)), min(2.0, value + math.hypot(high - value, half))
