@@ -27,7 +27,7 @@ from inspect_ai.solver import TaskState, generate
 from safetyheads.errors import InputError
 from safetyheads.heads import format_heads
 from safetyheads.judges.base import Completion, verdicts_of
-from safetyheads.judges.named import judges_named
+from safetyheads.judges.named import judges_named, writes
 from safetyheads.runs.config import Progress, PromptOptions, ServeConfig
 
 _NUMBERS = ("epsilon", "memory")
@@ -137,9 +137,9 @@ def safetyheads() -> type[ModelAPI]:
 
 
 @scorer(metrics=[mean(), stderr()])  # type: ignore[untyped-decorator]
-def judge(name: str = "phrases", device: str = "cpu") -> Scorer:
+def judge(name: str = "phrases", device: str = "cpu", tokens: int | None = None) -> Scorer:
     """1 where the answer complies by a judge of ours, else 0; no score where the judge fails. The mean is the ASR."""
-    (own,) = judges_named([name], device)
+    (own,) = judges_named([name], device, tokens)
 
     async def score(state: TaskState, target: Target) -> Score:
         output, metadata = state.output, state.output.metadata or {}
@@ -163,6 +163,7 @@ def asr(
     column: str | None = None,
     judges: str | list[str] = "phrases",
     judge_device: str = "cpu",
+    judge_tokens: int | None = None,
     max_new_tokens: int = _TOKENS,
 ) -> Task:
     """Attack success rate (Eq 10), greedily, as ``safetyheads asr`` measures it; ``-T prompts=FILE``."""
@@ -171,8 +172,11 @@ def asr(
     try:
         read = read_set("harmful", prompts, PromptOptions(prompts, column=column))
         names = [judges] if isinstance(judges, str) else judges
-        pairs = zip(names, judges_named(names, judge_device), strict=True)
-        scorers = [judge(name, judge_device if hasattr(own, "look") else "cpu") for name, own in pairs]
+        pairs = zip(names, judges_named(names, judge_device, judge_tokens), strict=True)
+        scorers = [
+            judge(name, judge_device if hasattr(own, "look") else "cpu", judge_tokens if writes(own) else None)
+            for name, own in pairs
+        ]
     except InputError as error:
         raise PrerequisiteError(str(error)) from error
     samples = [

@@ -72,6 +72,11 @@ def judge_named(spec: str, device: str = "cpu", tokens: int | None = None) -> Ju
     return CausalJudge(format=MODEL_JUDGES[name], checkpoint=checkpoint, device=device, max_new_tokens=tokens)
 
 
+def writes(judge: Judge) -> bool:
+    """Whether a judge writes its verdict, so that ``--judge-tokens`` bound it."""
+    return hasattr(judge, "max_new_tokens") or judge.name.startswith("endpoint:")
+
+
 def judges_named(specs: Sequence[str], device: str = "cpu", tokens: int | None = None) -> tuple[Judge, ...]:
     """Several judges, in the order given, ready to judge.
 
@@ -84,8 +89,7 @@ def judges_named(specs: Sequence[str], device: str = "cpu", tokens: int | None =
     if repeated := sorted(name for name, n in Counter(judge.name for judge in judges).items() if n > 1):
         raise InputError(f"each judge can be given once; {', '.join(repeated)} came more often")
     models = [judge for judge in judges if hasattr(judge, "look")]
-    writes = any(hasattr(judge, "max_new_tokens") or judge.name.startswith("endpoint:") for judge in judges)
-    if (device != "cpu" and not models) or (tokens is not None and not writes):
+    if (device != "cpu" and not models) or (tokens is not None and not any(map(writes, judges))):
         raise InputError(
             "--judge-device belongs to a judge model, --judge-tokens to a judge that writes; none is asked"
         )
