@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 OVERFLOWS = "{} is not finite: the ablated model's states overflow its dtype"
+OUT_OF_MEMORY = "out of memory; what was computed is kept. A smaller --dtype or --limit may help"
 
 
 class SafetyheadsError(Exception):

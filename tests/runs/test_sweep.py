@@ -1,6 +1,8 @@
 """A sweep gives each audit the bytes that it has alone, and makes once what audits have in common."""
 
 import json
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +10,12 @@ from test_shards import bytes_of
 
 from safetyheads import InputError, load_demo
 from safetyheads.answers import drafts
-from safetyheads.errors import ElsewhereError
+from safetyheads.errors import ElsewhereError, SafetyheadsError
 from safetyheads.runs import kept_answers, sweep
 from safetyheads.runs.audit import run_audit
 from safetyheads.runs.config import Progress
 from safetyheads.runs.shards import Shard
+from safetyheads.runs.start import load_engine
 from safetyheads.runs.sweep import audits_of, carry_out_sweep, read_sweep, sweep_results
 
 MODEL = "demo:aligned_a"
@@ -84,6 +87,51 @@ def test_what_fails_stops_no_other_and_shards_are_run_again(engine, tmp_path):
     found = sweep_results(out, failed)
     assert [run["name"] for run in found["runs"]] == [second.name]
     assert list(found["failed"]) == [first.name]
+
+
+def test_a_model_is_freed_before_the_next_one_is_read_and_one_too_large_stops_no_other(tmp_path):
+    engines = []
+
+    def load(config):
+        assert [engine() for engine in engines] == [None] * len(engines)
+        engine = load_engine(config, Progress(), proved=False)
+        engines.append(weakref.ref(engine))
+        vars(engine.model)["engine"] = engine  # a circle, as the hooks of device maps are
+        if config.model != "demo:aligned_b":
+            return engine
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except RuntimeError as error:
+            if config.ablation == "ua":
+                raise
+            raise InputError("refused") from error
+
+    audits = audits_of(SHORT | AXES | {"models": [MODEL, "demo:aligned_b", "demo:base"]}, tmp_path)
+    _, failed = carry_out_sweep(audits, load, Progress(), shard=Shard(1, 2))
+    small, large = [ElsewhereError] * 2, [SafetyheadsError, InputError]
+    assert [type(error) for error in failed.values()] == [*small, *large, *small]
+    assert "out of memory" in str(failed[list(audits)[2]])
+    assert len(engines) == 4
+
+    def broken(config):
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        carry_out_sweep(audits, broken, Progress())
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ([InputError("size 33"), ElsewhereError("not there yet", frozenset())], 3),
+        ([SafetyheadsError("failed 3 times"), InputError("size 33")], 2),
+        ([SafetyheadsError("failed 3 times")], 1),
+    ],
+)
+def test_a_sweep_ends_with_3_while_any_audit_waits_for_other_shards(run, tmp_path, monkeypatch, errors, expected):
+    failed = {Path(f"{number}"): error for number, error in enumerate(errors)}
+    monkeypatch.setattr(sweep, "carry_out_sweep", lambda *_, **__: ({}, failed))
+    assert run("sweep", "--model", MODEL, "--prompts", "demo", "--out", tmp_path / "out")[0] == expected
 
 
 @pytest.mark.parametrize(

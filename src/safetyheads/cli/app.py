@@ -40,7 +40,14 @@ from safetyheads.cli.options import (
     settings_file,
 )
 from safetyheads.cli.terminal import escaped_streams
-from safetyheads.errors import ElsewhereError, IncompleteError, InputError, SafetyheadsError, TooFewPromptsError
+from safetyheads.errors import (
+    OUT_OF_MEMORY,
+    ElsewhereError,
+    IncompleteError,
+    InputError,
+    SafetyheadsError,
+    TooFewPromptsError,
+)
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
 from safetyheads.model.names import SMOLLM2
@@ -206,8 +213,8 @@ def sweep(
         _show(swept | {"page": str(path)}, output, lambda: show.show_page(page.tables, "History", path))
     elif not failures:
         _show(sweep_results(out, failed), output)
-    code = max((_code_of_judges(found, f"{place.name}: ") for place, found in costs.items()), default=0)
-    return code if not failures else 3 if all(isinstance(error, IncompleteError) for error in failures) else 2
+    codes = [_code_of_judges(found, f"{place.name}: ") for place, found in costs.items()]
+    return max([*codes, *map(_code_of_error, failures)], default=0)
 
 
 @command
@@ -704,6 +711,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+def _code_of_error(error: SafetyheadsError) -> int:
+    return 3 if isinstance(error, IncompleteError) else 2 if isinstance(error, InputError) else 1
+
+
 def _exit_code(arguments: Sequence[str] | None) -> int:
     """Run a command; an error becomes one line and an exit code."""
     try:
@@ -719,7 +730,7 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         code = 2
     except SafetyheadsError as error:
         show.print_error(str(error) if isinstance(error, ElsewhereError) else f"error: {error}")
-        code = 3 if isinstance(error, IncompleteError) else 2 if isinstance(error, InputError) else 1
+        code = _code_of_error(error)
     except OSError as error:
         # What the parts could not foresee, such as a full disk under stdout.
         show.print_error(f"error: {error.filename or 'the output'} cannot be written: {error.strerror or error}")
@@ -729,7 +740,7 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
 
         if not is_out_of_memory(error):
             raise
-        show.print_error("error: out of memory; what was computed is kept. A smaller --dtype or --limit may help")
+        show.print_error(f"error: {OUT_OF_MEMORY}")
         code = 1
     except KeyboardInterrupt as interrupt:
         by_signal = isinstance(interrupt, _Terminated)

@@ -5,17 +5,19 @@ Each audit has a run directory of its own in the sweep's folder, so a sweep that
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError, TooFewPromptsError
+from safetyheads.errors import OUT_OF_MEMORY, ElsewhereError, InputError, SafetyheadsError, TooFewPromptsError
 from safetyheads.files import read_toml
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import read_config
 from safetyheads.model.names import find_model
+from safetyheads.model.planning import is_out_of_memory
 from safetyheads.runs.audit import read_prompts, run_audit, why_too_few
 from safetyheads.runs.compare import compare_runs, exit_code, quantities
 from safetyheads.runs.config import AuditConfig, Progress, preset_settings
@@ -109,12 +111,18 @@ def carry_out_sweep(
                 if too_few := why_too_few(config, prompts[place]):
                     raise TooFewPromptsError(f"cannot say: {too_few}; --anyway goes on")
                 if engine is None or loaded != (config.model, config.load_options):
-                    engine = None  # freed before the next one is read
+                    engine = None
+                    gc.collect()  # freed before the next one is read
                     engine, loaded = load(config), (config.model, config.load_options)
                 found[place] = run_audit(engine, config, place, prompts[place], progress, **here, **how)
-            except SafetyheadsError as error:
-                if share is None or not share.gives_back(error):
-                    failed[place] = error
+            except (SafetyheadsError, RuntimeError, MemoryError) as error:
+                if not isinstance(error, SafetyheadsError) and not is_out_of_memory(error):
+                    raise
+                reason = error if isinstance(error, SafetyheadsError) else SafetyheadsError(OUT_OF_MEMORY)
+                if share is None or not share.gives_back(reason):
+                    # Its traceback would hold the run and its engine for as long as the sweep.
+                    failed[place] = reason.with_traceback(None)
+                    reason.__cause__ = reason.__context__ = None
     return found, failed
 
 
