@@ -117,6 +117,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     engine, sequences = engine_of(work)
     layout = engine.plan(sequences)
     rows = row_sizes(sequences, layout)
+    n_tokens = layout.groups_per_batch * max(row.n_tokens for row in rows)
     groups = [(head,) for head in engine.heads]
     told_seconds, told_bytes = estimate_pass(engine, sequences, layout)
     readouts = Readouts(angles=(Score("generalized_ships_prompt"),))
@@ -129,7 +130,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     times: dict[str, list[float]] = {"begin": [], "measure": []}
     rates, copies = [], []
     for _ in range(options.repeats):
-        n_tokens = layout.groups_per_batch * max(row.n_tokens for row in rows)
         rates.append(largest_rate(work, n_tokens, (256,) if options.reduced else _SQUARES, 3))
         copies.append(copy_rate(work, 1 << (20 if options.reduced else 28), 3))
         clock = Clock(work.device)
@@ -144,6 +144,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     flops, moved = engine.costs.scan_flops(rows, engine.heads), moved_bytes(engine, sequences, layout)
     return {
         "plan": {"rows": len(layout.rows), "groups_per_batch": layout.groups_per_batch, "threads": layout.threads},
+        "tokens_a_batch": n_tokens,
         "seconds": times,
         "useful_flops": flops,
         "begin_flops": engine.costs.forward_flops(rows),

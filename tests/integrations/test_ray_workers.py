@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.managers import BaseManager
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 
 from safetyheads import load_demo
 from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError
+from safetyheads.integrations import ray_workers
 from safetyheads.integrations.ray_workers import (
     MOST_FAILURES,
     ClaimingShard,
@@ -42,6 +44,8 @@ from test_sweep import AXES, SHORT, swept
 
 CONFIG = AsrConfig("none", "none", memory=1.0)
 """Of stand-ins, which load no model."""
+SIZE = {"num_cpus": 3, "num_gpus": 2, "object_store_memory": 100 << 20}
+"""Of the cluster; nobody looks whether the GPUs are there."""
 SHUT_OFF = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
 STAGES = ("first", "second", "third")
 N_UNITS = 6
@@ -86,9 +90,17 @@ def killed(config, progress):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def by_ray(out, data=None, n_workers=2, load=no_engine, progress=None, carry_out=stand_in, config=CONFIG):
-    progress = progress or Progress()
-    return carry_out_by_workers(carry_out, config, out, data, progress, (), "local", n_workers, load=load)
+def first_is_killed(config, progress):
+    if type(progress) is not Progress:
+        killed(config, progress)
+    return no_engine(config, progress)
+
+
+def by_ray(out, data=None, n_workers=2, load=no_engine, progress=None, carry_out=stand_in, config=CONFIG, **how):
+    how = {"address": "local", "load": load} | how
+    return carry_out_by_workers(
+        carry_out, config, out, data, progress or Progress(), command=(), n_workers=n_workers, **how
+    )
 
 
 def until_started(get_node, *which):
@@ -108,7 +120,7 @@ def ray():
     os.environ.update(waits, RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
     ray._private.services.get_node = partial(until_started, ray._private.services.get_node)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init("local", num_cpus=3, object_store_memory=100 << 20, **SHUT_OFF)
+    ray.init("local", **SIZE, **SHUT_OFF)
     yield ray
     ray.shutdown()
 
@@ -123,10 +135,15 @@ def one(tmp_path_factory):
 
 class Lines(Progress):
     def __init__(self):
-        self.lines = []
+        self.lines, self.done = [], Counter()
 
     def say(self, line):
         self.lines.append(line)
+
+    @contextmanager
+    def track(self, name, total):
+        assert total == N_UNITS
+        yield lambda n: self.done.update({name: n})
 
 
 # Without Ray: who gets which unit.
@@ -208,6 +225,47 @@ def test_a_unit_that_fails_in_an_audit_of_a_sweep_goes_back(tmp_path):
     assert not one.gives_back(SafetyheadsError("nothing is in hand"))
 
 
+def test_what_a_judge_failed_on_is_asked_again_once_a_start_and_others_wait_for_it(tmp_path):
+    place, claims = records_place("s", {"n": 1}), [Claims()]
+
+    def ask(method, *values):
+        return getattr(claims[0], method)(*values)
+
+    def records(name, mend=pytest.fail):
+        shard = ClaimingShard(name, tmp_path, ask, ask)
+        with RunDirectory.start(tmp_path, {}, {}, shard=shard) as run:
+            run.divide("s", {(place,): 1.0})
+            return run.records("s", {"n": 1}, lambda: [{"failed": True}], lambda record: record["failed"], mend)
+
+    def mend(_):
+        with pytest.raises(ElsewhereError):
+            records("fourth")
+        return [{"failed": False}]
+
+    assert records("first") == records("second") == [{"failed": True}]
+    claims[0] = Claims()
+    assert records("third", mend) == records("fifth") == [{"failed": False}]
+    assert ask("claim", "sixth", "another")[1] == ["another"]
+
+
+def test_a_borrowed_file_counts_as_done(tmp_path):
+    place, claims = records_place("s", {"n": 1}), Claims()
+
+    def ask(method, *values):
+        return getattr(claims, method)(*values)
+
+    with RunDirectory.start(tmp_path / "ua", {"ablation": "ua"}, {}) as run:
+        run.records("s", {"n": 1}, lambda: [{"value": 1}])
+    with RunDirectory.start(
+        tmp_path / "sc", {"ablation": "sc"}, {}, shard=ClaimingShard("w", tmp_path / "sc", ask, ask)
+    ) as run:
+        run.borrow([tmp_path / "ua"])
+        run.divide("s", {(place,): 1.0})
+        assert claims.news()[1] == ("s", 0, 1)
+        assert run.records("s", {"n": 1}, pytest.fail) == [{"value": 1}]
+        assert claims.news()[1] == ("", 0, 0)
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
@@ -233,8 +291,10 @@ def test_what_does_not_fit_is_refused_before_ray_starts(run, tmp_path, options, 
 @pytest.mark.parametrize("kind", ["none", "killed once", "error once"])
 def test_workers_write_the_bytes_of_one_process_though_one_is_lost(ray, one, tmp_path, kind):
     watched = Lines()
-    results = by_ray(tmp_path / "run", partial(trouble, kind=kind), progress=watched)
+    results = by_ray(tmp_path / "run", partial(trouble, kind=kind, seconds=0.2), progress=watched)
     assert bytes_of(tmp_path / "run") == one
+    assert set(watched.done) <= {f"{stage}: units" for stage in STAGES}
+    assert set(watched.done.values()) == {N_UNITS}
     assert results["total"] > 0
     assert any("a worker was lost, its units go back" in line for line in watched.lines) == (kind == "killed once")
 
@@ -259,6 +319,56 @@ def test_what_one_process_refuses_is_refused_in_its_words(ray, tmp_path):
         by_ray(tmp_path / "run", carry_out=refused)
     with pytest.raises(SafetyheadsError, match="workers are lost before they compute anything"):
         by_ray(tmp_path / "run", load=killed, n_workers=1)
+
+
+def test_a_machine_that_lacks_something_ends_no_run_of_others(ray, one, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_workers, "MOST_FAILURES", 1)
+    kill, watched = ray.kill, Lines()
+
+    def gone(actor):
+        kill(actor)
+        raise ray.exceptions.RaySystemError("the actor is gone")
+
+    monkeypatch.setattr(ray, "kill", gone)
+    by_ray(tmp_path / "run", partial(trouble, seconds=0.3), load=first_is_killed, progress=watched)
+    assert bytes_of(tmp_path / "run") == one
+    assert [line for line in watched.lines if "one worker less, for workers are lost before they" in line]
+
+
+@pytest.mark.parametrize("address", ["local", "auto"])
+def test_workers_without_room_are_told_and_not_waited_for(ray, one, tmp_path, monkeypatch, address):
+    waited, wait, watched = [], ray.wait, Lines()
+
+    def noted(references, **how):
+        waited.extend([len(references)] * (how["timeout"] == ray_workers._SECONDS_TO_END))
+        return wait(references, **how)
+
+    monkeypatch.setattr(ray, "wait", noted)
+    by_ray(tmp_path / "run", partial(trouble, seconds=0.2), n_workers=5, progress=watched, address=address)
+    assert bytes_of(tmp_path / "run") == one
+    assert "there is room for 3 of 5 workers now" in watched.lines
+    assert max(waited, default=0) <= 2
+
+
+def gpus_seen(engine, config, out, data, progress, command, shard):
+    """Waits for the other worker, so that both have their GPU at once."""
+    import ray
+
+    (gpu,) = ray.get_gpu_ids()
+    (out / f"{gpu}").touch()
+    for _ in range(1200):
+        if len(names := sorted(path.name for path in out.iterdir())) == 2:
+            return {"gpus": names}
+        time.sleep(0.05)
+    raise InputError(f"one worker alone: {names}")
+
+
+def test_each_worker_has_gpus_of_its_own(ray, tmp_path):
+    config = AsrConfig("none", "none", device="auto", memory=1.0)
+    how = {"carry_out": gpus_seen, "config": config, "n_workers": None}
+    assert by_ray(tmp_path, gpus_per_worker=1.0, **how) == {"gpus": ["0", "1"]}
+    with pytest.raises(InputError, match="no worker has room: each needs 1 CPUs and 3 GPUs"):
+        by_ray(tmp_path, gpus_per_worker=3.0, **how)
 
 
 def tight(config, progress):
@@ -411,7 +521,7 @@ def test_a_node_removed_from_a_cluster_at_five_random_moments(ray, one, tmp_path
     finally:
         ray.shutdown()
         cluster.shutdown()
-        ray.init("local", num_cpus=3, object_store_memory=100 << 20, **SHUT_OFF)
+        ray.init("local", **SIZE, **SHUT_OFF)
 
 
 COMMANDS = {

@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
@@ -151,6 +153,10 @@ def test_units_go_in_falling_cost_to_the_least_loaded_shard_and_each_shard_compu
     shard.divide(costs)
     assert [name for name in "abcde" if shard.takes(name)] in (["a", "e"], ["b", "c", "d"])
     assert shard.takes("what nobody divided")
+    tracemalloc.start()
+    assert len(set(owners(costs, 1_000_000).values())) == len(costs)
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
     planner = Shard(0, 2)
     planner.divide(costs)
     assert not any(map(planner.takes, "abcde"))
@@ -202,8 +208,10 @@ def test_a_shard_waits_for_the_files_of_others(tmp_path):
 
 def test_directories_are_merged_once_all_units_are_there(apart, tmp_path):
     whole = tmp_path / "whole"
-    with pytest.raises(IncompleteError, match=r"units of things are in no directory: run shards \d of 3 again"):
-        merge(whole, apart[:2], {})
+    RunDirectory.start(killed := tmp_path / "killed", {"a": 1}, {}, shard=Shard(3, 3)).close()  # before its plan
+    for folders in (apart[:2], [*apart[:2], killed]):
+        with pytest.raises(IncompleteError, match=r"units of things are in no directory: run shards \d of 3 again"):
+            merge(whole, folders, {})
     assert not whole.exists()
     merge(whole, apart, {})
     assert unit_files(whole) == [1.0, 2.0, 3.0]
@@ -229,24 +237,96 @@ def test_what_does_not_fit_together_is_refused(apart, tmp_path, run):
 
 def test_other_versions_are_joined_only_where_asked_and_say_so(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
-    for folder, version, index in ((old, "1", 1), (new, "2", 2)):
+    for folder, version, index, device in ((old, "1", 1, "cpu"), (new, "2", 2, "cuda A100")):
         with pytest.raises(ElsewhereError):
-            unit_files(folder, Shard(index, 2), {"versions": {"torch": version}, "device": "cpu"})
-    with pytest.raises(InputError, match=r"other versions or devices: versions torch .*; --mixed joins them"):
+            unit_files(folder, Shard(index, 2), {"versions": {"torch": version}, "device": device})
+    with pytest.raises(InputError, match=r'devices: device \("cpu" -> "cuda A100"\), versions torch .*; --mixed joins'):
         merge(tmp_path / "out", [old, new], {})
     unit_files(newest := tmp_path / "newest", config={"versions": {"torch": "3"}, "device": "cpu"})
     for joined in ([old, new], [newest]):
         merge(tmp_path / "out", joined, {}, mixed=True)
-    config = RunDirectory.look(tmp_path / "out").manifest.config
+    merged = RunDirectory.look(tmp_path / "out")
+    config, computed = merged.manifest.config, [start for start in merged.read_starts() if start["part"] != "merge"]
+    told = [(start["device"], start["versions"]["torch"]) for start in computed]
+    assert told == [("cpu", "1"), ("cuda A100", "2"), ("cpu", "3")]
     with RunDirectory.start(tmp_path / "out", config, {}) as directory:
         (note,) = mixed_notes(directory)
-    assert 'versions torch ("1" -> "2"), versions torch ("1" -> "3")' in note
+    assert 'device ("cpu" -> "cuda A100"), versions torch ("1" -> "2"), versions torch ("1" -> "3")' in note
     assert RunDirectory.verify(tmp_path / "out").damaged == {}
+
+
+def test_a_shard_judges_its_own_answers_again_and_results_list_what_others_wrote(tmp_path):
+    asked = []
+
+    def answers(run):
+        run.divide("things", {(place(number),): 1.0 for number in range(4)})
+
+        def judged(number):
+            def mend(_):
+                asked.append(number)
+                return [{"failed": False}]
+
+            return run.records("things", {"n": number}, lambda: [{"failed": True}], lambda of: of["failed"], mend)
+
+        return [judged(number) for number in range(4)]
+
+    with RunDirectory.start(tmp_path, {}, {}) as run:
+        answers(run)
+    with (
+        RunDirectory.start(tmp_path, {}, {}, shard=Shard(1, 2)) as first,
+        RunDirectory.start(tmp_path, {}, {}, shard=Shard(2, 2)) as second,
+    ):
+        answers(first)
+        assert len(asked) == 2
+        answers(second)
+        first.write_results({})
+    assert sorted(asked) == [0, 1, 2, 3]
+    assert [record["failed"] for record in RunDirectory.open(tmp_path).stored_records()] == [False] * 4
+
+
+def test_times_that_two_processes_add_at_once_are_all_kept(tmp_path, monkeypatch):
+    reading, read = threading.Event(), RunDirectory.read_timings
+
+    def slowly(run):
+        known = read(run)
+        if not reading.is_set():
+            reading.set()
+            time.sleep(0.3)
+        return known
+
+    monkeypatch.setattr(RunDirectory, "read_timings", slowly)
+    with RunDirectory.start(tmp_path, {}, {}) as first, RunDirectory.start(tmp_path, {}, {}, "other") as second:
+        adding = threading.Thread(target=first.add_timings, args=({"seconds": {"a": 1}},))
+        adding.start()
+        reading.wait()
+        second.add_timings({"seconds": {"b": 2}})
+        adding.join()
+        assert second.read_timings()["seconds"] == {"a": 1, "b": 2}
+
+
+def test_status_counts_processes_at_work_and_shards_that_computed(tmp_path):
+    planner, worker = Shard(0, 16), Shard()
+    worker.part = "ray-1"
+    with RunDirectory.start(tmp_path, {}, {}, shard=planner) as run:
+        run.divide("things", {(place(number),): 1.0 for number in range(4)})
+    assert status_of(tmp_path).shards == 16
+    with RunDirectory.start(tmp_path, {}, {}, shard=worker) as run:
+        run.records("things", {"n": 0}, lambda: [{"value": 1}])
+    RunDirectory.start(tmp_path, {}, {}, shard=Shard(1, 2)).close()
+    for log, number in zip(sorted(tmp_path.glob("starts/*.jsonl")), (1, 2, 3), strict=True):
+        with log.open("a") as file:
+            file.write(json.dumps({"place": place(number)}) + "\n")
+    RunDirectory.start(tmp_path, {}, {}, shard=planner).close()
+    status = status_of(tmp_path)
+    assert (status.shards, status.stages["things"]["running"]) == (2, 3)
+    assert status.seconds_left == pytest.approx(status.seconds_a_unit)
 
 
 def test_status_reads_what_is_done_in_work_and_missing(apart, tmp_path, run):
     with pytest.raises(KeyboardInterrupt):
         unit_files(tmp_path / "killed", Shard(2, 3), stops=True)
+    (start,) = (json.loads(path.read_text()) for path in (tmp_path / "killed").glob("starts/[!.]*.json"))
+    assert (start["host"], start["part"]) == (socket.gethostname(), "shard-2-of-3")
     found = json.loads(run("status", tmp_path / "killed", "--json")[1])
     assert found["stages"]["things"] == {"units": 3, "done": 0, "running": 1, "missing": 2}
     assert (found["shards"], found["missing_shards"], found["finished"]) == (3, "1-3", False)

@@ -12,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,21 +49,29 @@ class Claims:
         self._holders: dict[str, str] = {}
         self._failures: dict[str, list[str]] = {}
         self._lines: dict[str, bool] = {}
+        self._began = set[str]()
 
     def expect(self, units: Mapping[str, bool]) -> None:
         """Add units, and whether they are done, for those who watch."""
         self._is_done = {**units, **self._is_done}
 
-    def claim(self, worker: str, unit: str) -> tuple[bool, list[str], list[str]]:
+    def claim(self, worker: str, unit: str, again: bool = False) -> tuple[bool, list[str], list[str]]:
         """Whether a worker may compute a unit; then the units that are in hand, and those that failed too often.
 
-        One that was done is given again if its file is not seen later on: it is lost.
+        One that was done is given again if its file is not seen later on: it is lost. One that is there and could be
+        better is given ``again`` once, and not if it was done since these claims began.
         """
         given_up, since = self.given_up(), self._clock() - self._written.get(unit, -math.inf)
-        is_given = unit not in given_up and since > _SECONDS_TO_SHOW and self._holders.get(unit, worker) == worker
+        is_old = since >= (math.inf if again else _SECONDS_TO_SHOW)
+        is_given = unit not in given_up and is_old and self._holders.get(unit, worker) == worker
         if is_given:
             self._holders[unit] = worker
+            self._began.add(worker)
         return is_given, list(self._holders), list(given_up)
+
+    def began(self) -> set[str]:
+        """Every worker that was given a unit."""
+        return self._began
 
     def done(self, unit: str) -> None:
         """Note that a unit's files are written."""
@@ -147,18 +155,22 @@ class ClaimingShard(Shard):
         self._tell("expect", {self._run + places[0]: self._is_there(places) for places in new})
         self._units |= {place: places for places in units for place in places}
 
-    def takes(self, place: str) -> bool:
+    def takes(self, place: str, again: bool = False) -> bool:
         """Whether this worker computes the unit of a file: what it was given, and what nobody divided."""
         if place not in self._units or (unit := self._name(place)) in self._mine:
             return True
         now = time.monotonic()
         if now - self._seen.get(unit, -math.inf) < _SECONDS_BETWEEN_LOOKS:
             return False
-        is_given, in_hand, given_up = self._ask("claim", self.part, unit)
+        is_given, in_hand, given_up = self._ask("claim", self.part, unit, again)
         self._seen |= dict.fromkeys(in_hand, now)
         self._given_up.update(given_up)
         self._mine.update([unit] * is_given)
         return bool(is_given)
+
+    def sees_in_hand(self, place: str) -> bool:
+        """Whether another worker had the unit when this one last asked, just now."""
+        return time.monotonic() - self._seen.get(self._name(place), -math.inf) < _SECONDS_BETWEEN_LOOKS
 
     def wrote(self, place: str) -> None:
         """Tell the claims of a unit whose files are all written."""
@@ -290,6 +302,9 @@ def carry_out_by_workers(
         if n_fit < 1:
             raise InputError(f"no worker has room: each needs {n_cpus} CPUs and {gpus_per_worker:g} GPUs")
         n_workers = n_workers or int(n_fit)
+        if n_workers > n_fit:
+            progress.say(f"there is room for {n_fit:g} of {n_workers} workers now")
+            n_workers = int(n_fit) if address == "local" else n_workers  # nodes may join a cluster
         if config.memory is None and not gpus_per_worker:
             config = replace(config, memory=psutil.virtual_memory().available / 2**31 / n_workers)
         # One that is lost starts again, and what it was asked is asked again.
@@ -359,13 +374,13 @@ class _Driver:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._claims = ray.remote(num_cpus=0, scheduling_strategy=here)(Claims).remote()
         self._running: dict[Any, tuple[int, Any, str]] = {}
-        self._n_losses = 0
+        self._losses = Counter[int]()
         self._bar, self._shown = ExitStack(), ("", 0, 0)
         self._advance: Callable[[int], None] = lambda _: None
 
     def results(self, n_workers: int, *arguments: Any) -> Any:
         """Carry out the run; the first worker that ends has its results."""
-        self._arguments, self._most_losses, results = arguments, MOST_FAILURES * n_workers, None
+        self._arguments, results = arguments, None
         for number in range(n_workers):
             self._start(number)
         while self._running and results is None:
@@ -375,7 +390,9 @@ class _Driver:
                 results = results or self._ended(reference)
         if results is None:
             raise _failures(self._ray.get(self._claims.given_up.remote()))
-        if others := list(self._running):  # they are about to write the same bytes
+        began = self._ray.get(self._claims.began.remote())  # others may have no room yet
+        if others := [reference for reference, (_, _, name) in self._running.items() if name in began]:
+            # They are about to write the same bytes.
             self._ray.wait(others, num_returns=len(others), timeout=_SECONDS_TO_END)
         return results
 
@@ -383,7 +400,8 @@ class _Driver:
         """End the bar and the actors that are left."""
         self._bar.close()
         for actor in (self._claims, *self._juries, *(actor for _, actor, _ in self._running.values())):
-            self._ray.kill(actor)
+            with suppress(self._ray.exceptions.RayError):  # the results are there
+                self._ray.kill(actor)
 
     def _start(self, number: int, actor: Any = None) -> None:
         """Start a worker, or one whose actor is there again; its name is new, for the old one may still hold a lock."""
@@ -404,9 +422,15 @@ class _Driver:
                 raise error.cause from None
         except self._ray.exceptions.RayActorError as error:
             reason, actor = shorten(one_line(error), 200), None
-            self._n_losses = 0 if self._ray.get(self._claims.fail.remote(name, reason)) else self._n_losses + 1
-            if self._n_losses >= self._most_losses:
-                raise SafetyheadsError(f"workers are lost before they compute anything: {reason}") from None
+            self._ray.get(self._claims.fail.remote(name, reason))
+            has_begun = name in self._ray.get(self._claims.began.remote())
+            self._losses[number] = 0 if has_begun else self._losses[number] + 1
+            if self._losses[number] >= MOST_FAILURES:  # its machine may lack something that others have
+                lost = f"workers are lost before they compute anything: {reason}"
+                if not self._running:
+                    raise SafetyheadsError(lost) from None
+                self._progress.say(f"one worker less, for {lost}")
+                return None
             self._progress.say(f"a worker was lost, its units go back: {reason}")
         self._start(number, actor)
         return None
@@ -417,6 +441,8 @@ class _Driver:
         for line in lines:
             self._progress.say(line)
         if (stage, total) != self._shown[::2]:
+            if stage != self._shown[0]:  # the stage before is done
+                self._advance(self._shown[2] - self._shown[1])
             self._bar.close()
             self._shown, self._advance = (stage, 0, total), lambda _: None
             if stage:

@@ -165,6 +165,8 @@ class RunDirectory:
             run._load_stages()
             start = {"part": part, "started": datetime.now(UTC).isoformat(), **provenance}
             start |= {"host": socket.gethostname(), "pid": os.getpid()}
+            # Runs that are merged may differ in these; the log beside it names the files that were computed here.
+            start |= {name: config[name] for name in ("device", "versions") if name in config}
             run._write_json(f"starts/{run._log_path.stem}.json", start)
             run._log_path.touch(mode=0o600)
         except BaseException:
@@ -266,18 +268,26 @@ class RunDirectory:
         stage: str,
         fields: Mapping[str, Any],
         compute: Callable[[], Sequence[Record]],
-        mend: Callable[[list[Record]], Sequence[Record]] | None = None,
+        has_failed: Callable[[Record], bool] | None = None,
+        mend: Callable[[list[Record]], Sequence[Record]] = list,
     ) -> list[Record]:
         """The records that ``fields`` determine, as :meth:`tensors`; one line of JSON each.
 
-        ``mend`` is given stored records, and returns what they should be; where that differs it is stored instead.
+        ``mend`` is given stored records of which one ``has_failed``, and returns what they should be, which is stored
+        instead. One shard mends a file; others go on with what is there, unless one is at it.
         """
         key, place = content_key(fields), records_place(stage, fields)
         is_there = os.path.lexists(self.path / place)
         records: list[Record] = self._stored(place, stage, lambda: pack_records(self.key, stage, key, compute()))
-        if is_there and mend is not None and (mended := mend(records)) != records:
-            self._write(place, pack_records(self.key, stage, key, mended))
-            records = self.read(place)
+        if not is_there or has_failed is None or not any(map(has_failed, records)):
+            return records
+        if self.shard.takes(place, again=True):
+            if (mended := mend(records)) != records:
+                self._write(place, pack_records(self.key, stage, key, mended))
+                records = self.read(place)
+            self.shard.wrote(place)
+        elif self.shard.sees_in_hand(place):
+            raise _elsewhere({place})
         return records
 
     def stored_records(self, stage: str = "*") -> Iterator[Record]:
@@ -309,9 +319,10 @@ class RunDirectory:
 
     @property
     def n_shards(self) -> int:
-        """The most shards of which any start was one."""
-        parts = (re.fullmatch(r"shard-\d+-of-(\d+)", str(start.get("part"))) for start in self.read_starts())
-        return max((int(part[1]) for part in parts if part), default=1)
+        """Number of shards of which the last start was one; where nobody computed yet, those planned for."""
+        parts = [re.fullmatch(r"run|shard-(\d+)-of-(\d+)", str(start.get("part"))) for start in self.read_starts()]
+        counts = [(part[1] != "0", int(part[2] or 1)) for part in parts if part]
+        return ([count for computes, count in counts if computes] or [count for _, count in counts] or [1])[-1]
 
     def planned(self) -> list[tuple[str, Units]]:
         """Every stage that was reached, and its units as the process found them that reached it."""
@@ -379,7 +390,7 @@ class RunDirectory:
         Several workers begin with different tasks, with each as many as its share of the ``costs``, by default alike.
         An ElsewhereError where no more of such units were written for as long as the shard waits.
         """
-        later: dict[int, ElsewhereError] = {}
+        later: dict[int, frozenset[str]] = {}
         # Within a task files get smaller, and the smallest come last.
         until = list(accumulate(costs or [1.0] * len(tasks)))
         first = 0 if self._nested or not tasks else bisect(until, self.shard.begins_with * until[-1])
@@ -388,23 +399,24 @@ class RunDirectory:
                 with self._within_a_task():
                     value = tasks[at]()
             except ElsewhereError as error:
-                later[at] = error
+                later[at] = error.places
             else:
                 yield at, value
         since, n_missing = time.monotonic(), -1
         while later:
-            missing = {place for error in later.values() for place in error.places if not self._is_there(place)}
+            lacked = frozenset[str]().union(*later.values())
+            missing = {place for place in lacked if not self._is_there(place)}
             if len(missing) != n_missing:
                 since, n_missing = time.monotonic(), len(missing)
             if self._nested or (missing and self.shard.ends_waiting(missing, time.monotonic() - since)):
-                raise _elsewhere(missing or {place for error in later.values() for place in error.places})
-            for at, lacking in [(at, error.places) for at, error in later.items()]:
+                raise _elsewhere(missing or lacked)
+            for at, lacking in list(later.items()):
                 if missing.isdisjoint(lacking) or any(map(self.shard.takes, lacking & missing)):
                     try:
                         with self._within_a_task():
                             value = tasks[at]()
                     except ElsewhereError as again:
-                        later[at] = again
+                        later[at] = again.places
                     else:
                         del later[at]
                         yield at, value
@@ -442,6 +454,7 @@ class RunDirectory:
         elif place in self._files:
             _log.warning("%s is lost and computed again", self.path / place)
         if self._borrowed(place):
+            self.shard.wrote(place)
             return self.read(place)
         if not self.shard.takes(place):
             raise _elsewhere({place})
@@ -508,7 +521,7 @@ class RunDirectory:
         readable_json("results.json", results)  # names a number that is not finite, while nothing is written
         with self.writing():
             for place in (places := self.places()):
-                if place not in self._files:
+                if place not in self._files or not self.shard.alone:  # others judge again, and write anew
                     try:
                         self.read(place)
                     except InputError as error:
@@ -576,15 +589,16 @@ class RunDirectory:
 
     def add_timings(self, timings: Mapping[str, Any]) -> None:
         """Add to ``timings.json``: seconds, dates and rates, kept apart from the results."""
-        try:
-            known = self.read_timings()
-        except InputError as error:
-            self._set_aside("timings.json", error)
-            known = {}
-        for name, value in timings.items():
-            before = known.get(name)
-            known[name] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
-        self._write_json("timings.json", known)
+        with self.writing():
+            try:
+                known = self.read_timings()
+            except InputError as error:
+                self._set_aside("timings.json", error)
+                known = {}
+            for name, value in timings.items():
+                before = known.get(name)
+                known[name] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+            self._write_json("timings.json", known)
 
     def read_timings(self) -> dict[str, Any]:
         """What :meth:`add_timings` wrote; empty where the run has none."""
@@ -831,7 +845,8 @@ class Status(NamedTuple):
     seconds_a_unit: float | None
     """Mean, of the units whose times are known."""
     seconds_left: float | None
-    """Of the known units that are missing, by their counted cost, on as many processes as there are shards."""
+    """Of the known units that are missing, by their counted cost, on as many processes as there are shards, or as are
+    at work where these are more."""
 
     @property
     def lines(self) -> list[str]:
@@ -880,7 +895,8 @@ def status_of(folder: Path) -> Status:
                 cost_left += cost
             elif took := sum(seconds.get(place, 0.0) for place in places):
                 cost_timed, seconds_timed, n_timed = cost_timed + cost, seconds_timed + took, n_timed + 1
-    left = cost_left * seconds_timed / cost_timed / count if cost_timed else None
+    n_processes = max(count, sum(counts["running"] for counts in stages.values()))
+    left = cost_left * seconds_timed / cost_timed / n_processes if cost_timed else None
     return Status(
         finished=(folder / "results.json").is_file(),
         stages=dict(sorted(stages.items())),

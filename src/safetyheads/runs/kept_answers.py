@@ -472,11 +472,10 @@ class KeptAnswers:
         """Stored or computed records; of stored ones, what a judge failed on for a passing reason is judged again."""
 
         def mend(records: list[Record]) -> Sequence[Record]:
-            failed = [record for record in records if has_failed(record)]
-            if not failed or not self.stores_completions:
-                return compute() if failed else records
+            if not self.stores_completions:
+                return compute()
             placed, known = [], {}
-            for record in failed:
+            for record in filter(has_failed, records):
                 number, token_ids, finished = record["id"], tuple(record["token_ids"]), record["finished"]
                 limit = len(token_ids) + (not record["complete"])
                 decoded = Answer(token_ids, finished, limit, (), record["route"], record["changed"])
@@ -490,7 +489,7 @@ class KeptAnswers:
                 for record in records
             ]
 
-        records = self.directory.records(stage, fields, compute, mend)
+        records = self.directory.records(stage, fields, compute, has_failed, mend)
         self.failures[records_place(stage, fields)] = failures_of(records)
         return records
 

@@ -108,11 +108,11 @@ def references_sha256(prompts: PromptSet) -> str:
 
 
 def device_name(engine: Engine) -> str:
-    """The device or layout that the numbers are computed on; ``auto`` is resolved."""
+    """The device or layout that the numbers are computed on; which of a machine's equal GPUs it is moves none."""
     device, layout = engine.device, device_layout(engine.model)
     if layout is not None:
         return layout
-    return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+    return f"cuda {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
 def provenance(command: Sequence[str]) -> dict[str, Any]:

@@ -61,9 +61,16 @@ class Shard:
         """Divide units among the shards; one that is divided stays where it is."""
         self._owners |= owners(units, self.count) | self._owners
 
-    def takes(self, place: str) -> bool:
-        """Whether this process computes the unit of a file; what nobody divided is cheap, and everybody's."""
+    def takes(self, place: str, again: bool = False) -> bool:
+        """Whether this process computes the unit of a file; what nobody divided is cheap, and everybody's.
+
+        ``again`` is for a file that is there and could be better.
+        """
         return self._owners.get(place, self.index) == self.index
+
+    def sees_in_hand(self, _: str) -> bool:
+        """Whether another process is known to be at the unit of a file."""
+        return False
 
     def wrote(self, place: str) -> None:
         """Told that a file of a unit was written here."""
@@ -93,7 +100,7 @@ def owners(units: Units, count: int) -> dict[str, int]:
     """
     order = sorted(units, key=lambda places: (-units[places], places))
     first = int(content_key({"units": order}), 16) % count
-    loads = [(0.0, turn) for turn in range(count)]
+    loads = [(0.0, turn) for turn in range(min(count, len(units)))]
     found: dict[str, int] = {}
     for places in order:
         load, turn = heapq.heappop(loads)
