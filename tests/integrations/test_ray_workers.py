@@ -235,7 +235,7 @@ def test_what_a_judge_failed_on_is_asked_again_once_a_start_and_others_wait_for_
         shard = ClaimingShard(name, tmp_path, ask, ask)
         with RunDirectory.start(tmp_path, {}, {}, shard=shard) as run:
             run.divide("s", {(place,): 1.0})
-            return run.records("s", {"n": 1}, lambda: [{"failed": True}], lambda record: record["failed"], mend)
+            return run.records("s", {"n": 1}, lambda: [{"failed": True}], mend, lambda record: record["failed"])
 
     def mend(_):
         with pytest.raises(ElsewhereError):

@@ -266,7 +266,7 @@ def test_a_shard_judges_its_own_answers_again_and_results_list_what_others_wrote
                 asked.append(number)
                 return [{"failed": False}]
 
-            return run.records("things", {"n": number}, lambda: [{"failed": True}], lambda of: of["failed"], mend)
+            return run.records("things", {"n": number}, lambda: [{"failed": True}], mend, lambda of: of["failed"])
 
         return [judged(number) for number in range(4)]
 

@@ -154,11 +154,11 @@ class _Bench:
             "seed": lab.config.seed,
         }
 
-        def mend(stored: list[Record]) -> list[Record]:
+        def compute(_: object = None) -> list[Record]:
             """What a judge failed on for a passing reason is answered and judged again, and the choice made anew."""
-            return self._computed(method) if any(map(has_failed, stored)) else stored
+            return self._computed(method)
 
-        rows = lab.directory.records("table1", fields, lambda: self._computed(method), mend)
+        rows = lab.directory.records("table1", fields, compute, compute, has_failed)
         swept, tested = ([row for row in rows if row["part"] == part] for part in ("swept", "tested"))
         (at_chosen,) = self._tried(tested, self.tested)
         return self._tried(swept, self.learned), at_chosen

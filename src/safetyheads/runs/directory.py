@@ -268,18 +268,18 @@ class RunDirectory:
         stage: str,
         fields: Mapping[str, Any],
         compute: Callable[[], Sequence[Record]],
+        mend: Callable[[list[Record]], Sequence[Record]] | None = None,
         has_failed: Callable[[Record], bool] | None = None,
-        mend: Callable[[list[Record]], Sequence[Record]] = list,
     ) -> list[Record]:
         """The records that ``fields`` determine, as :meth:`tensors`; one line of JSON each.
 
-        ``mend`` is given stored records of which one ``has_failed``, and returns what they should be, which is stored
+        ``mend`` is given stored records, if any ``has_failed``, and returns what they should be, which is stored
         instead. One shard mends a file; others go on with what is there, unless one is at it.
         """
         key, place = content_key(fields), records_place(stage, fields)
         is_there = os.path.lexists(self.path / place)
         records: list[Record] = self._stored(place, stage, lambda: pack_records(self.key, stage, key, compute()))
-        if not is_there or has_failed is None or not any(map(has_failed, records)):
+        if not is_there or mend is None or not (has_failed is None or any(map(has_failed, records))):
             return records
         if self.shard.takes(place, again=True):
             if (mended := mend(records)) != records:

@@ -489,7 +489,7 @@ class KeptAnswers:
                 for record in records
             ]
 
-        records = self.directory.records(stage, fields, compute, has_failed, mend)
+        records = self.directory.records(stage, fields, compute, mend, has_failed)
         self.failures[records_place(stage, fields)] = failures_of(records)
         return records
 
