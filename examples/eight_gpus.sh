@@ -7,7 +7,7 @@ model=$1 prompts=$2 run=$3 n=${GPUS:-8}
 pids=()
 for ((i = 1; i <= n; i++)); do
   CUDA_VISIBLE_DEVICES=$((i - 1)) safetyheads audit "$model" --prompts "$prompts" --out "$run" \
-    --memory 30 --threads 4 --shard "$i/$n" --wait 3600 --quiet > "shard-$i.log" 2>&1 &
+    --device cuda --memory 30 --threads 4 --shard "$i/$n" --wait 3600 --quiet > "shard-$i.log" 2>&1 &
   pids+=("$!")
 done
 code=0

@@ -13,11 +13,11 @@ export RAY_USAGE_STATS_ENABLED=0
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")  # no pipe into head: it may kill scontrol
 head=${nodes[0]}
 address=$head:6379
-srun --nodes=1 --ntasks=1 --nodelist="$head" \
+srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --nodelist="$head" \
   ray start --head --port=6379 --num-gpus="$gpus" --include-dashboard=false --block &
 until ray status --address "$address" > /dev/null 2>&1; do sleep 1; done
 if [ "$SLURM_NNODES" -gt 1 ]; then
-  srun --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --exclude="$head" \
+  srun --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --cpus-per-task="$SLURM_CPUS_ON_NODE" --exclude="$head" \
     ray start --address="$address" --num-gpus="$gpus" --block &
 fi
 safetyheads audit "$model" --prompts "$prompts" --out "$run" --device cuda --memory 30 --threads 4 \

@@ -12,7 +12,7 @@ set -uo pipefail
 model=$1 prompts=$2 run=$3 n=${SHARDS:-8}
 
 safetyheads audit "$model" --prompts "$prompts" --out "$run" \
-  --memory 30 --threads 4 --shard "$SLURM_ARRAY_TASK_ID/$n" --quiet
+  --device cuda --memory 30 --threads 4 --shard "$SLURM_ARRAY_TASK_ID/$n" --quiet
 code=$?
 # 3: what is left needs other tasks' units. The array did its part.
 [ "$code" -eq 3 ] && exit 0

@@ -62,21 +62,26 @@ def test_the_recipe_for_ci_gives_commands_that_parse():
     [
         ("kubernetes_job.yaml", ("--out /shared/run", "--shard 3/8")),
         ("eight_gpus.sh", ("--shard 1/2", "--shard 2/2", "status run")),
-        ("ray_slurm.sh", ("--ray node-1:6379 --workers 4 --gpus-per-worker 1",)),
+        ("ray_slurm.sh", ("--ray node-1:6379 --workers 4 --gpus-per-worker 1", "--cpus-per-task=16")),
         ("slurm_array.sh", ("--shard 3/4",)),
         ("slurm_merge.sh", ("merge run run-1 run-2 run-3 run-4", "plan 4 audit model")),
-        ("spot_machine.sh", ("--shard 2/5",)),
+        ("spot_machine.sh", ("--shard 2/5", "-a --exclude .lock* --exclude *.partial run/ run/")),
     ],
 )
 def test_the_recipes_are_shell_scripts_whose_shards_fit_the_scheduler(script, called, tmp_path):
     """A stand-in for the command notes how it is called."""
-    commands = {"safetyheads": 'echo "$@" >> calls; exit ${CODE:-0}', "rsync": "true", "sleep": "exit 1"}
+    commands = {"safetyheads": 'echo "$@" >> calls; exit ${CODE:-0}', "rsync": 'echo "$@" >> calls', "sleep": "exit 1"}
     commands |= {"scontrol": "echo node-1; echo node-2", "srun": 'echo "$@" >> calls', "ray": "true"}
     for name, does in commands.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / name).chmod(0o755)
     settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3", "GPUS": "2", "SHARDS": "4"}
-    settings |= {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2", "JOB_COMPLETION_INDEX": "2"}
+    settings |= {
+        "SLURM_JOB_NODELIST": "node-[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_CPUS_ON_NODE": "16",
+        "JOB_COMPLETION_INDEX": "2",
+    }
     settings |= {"CODE": "3"} if script == "slurm_array.sh" else {}
     command = ["bash", FOLDER / script, "model", "prompts", "run", "2", "5"]
     if script.endswith("yaml"):
@@ -84,7 +89,11 @@ def test_the_recipes_are_shell_scripts_whose_shards_fit_the_scheduler(script, ca
         command = container["command"] + container["args"]
     subprocess.run(command, cwd=tmp_path, env=settings, check=True)
     for _ in range(100):  # of calls in the background, the last may come after the script's end
-        if all(text in (tmp_path / "calls").read_text() for text in called):
+        calls = (tmp_path / "calls").read_text()
+        if all(text in calls for text in called):
+            audits = [call for call in calls.splitlines() if "audit " in call]
+            # Reserved GPUs are used, and machines with other cores lay batches out alike.
+            assert [call for call in audits if "--device cuda" not in call or "--threads 4" not in call] == []
             return
         time.sleep(0.1)
     raise AssertionError((tmp_path / "calls").read_text())

@@ -232,6 +232,27 @@ def test_quantised_names_what_is_not_installed(lines, monkeypatch):
     assert all("skipped" in line for line in found)
 
 
+def test_all_units_are_planned_and_claimed(monkeypatch):
+    import scale
+
+    monkeypatch.setattr(scale, "N_UNITS", 500)
+    told, status = [], scale.status_of
+    monkeypatch.setattr(scale, "status_of", lambda folder: told.append(status(folder)))
+    (line,) = scale.planning()
+    assert line["units"] == 500
+    assert [of.stages["things"]["missing"] for of in told] == [500, 500]
+    assert [of.shards for of in told] == [64, 1]
+
+
+def test_many_workers_are_nearly_as_quick_as_they_can_be_in_simulated_time():
+    import scale
+
+    stages, once = scale.scan_units(shapes.SHAPES["llama-2-7b"], 100, 100, 0.1)
+    work = {n: scale.simulated(stages, once, (100, 100), n, 0.05) for n in (1, 64)}
+    assert work[1]["seconds"] >= sum(cost for units in stages for cost in units.values())
+    assert 0.9 <= work[64]["efficiency"] < 1 < work[64]["over_bound"] <= 1.1
+
+
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
 
 

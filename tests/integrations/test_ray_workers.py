@@ -226,7 +226,8 @@ def test_a_unit_that_fails_in_an_audit_of_a_sweep_goes_back(tmp_path):
 
 
 def test_what_a_judge_failed_on_is_asked_again_once_a_start_and_others_wait_for_it(tmp_path):
-    place, claims = records_place("s", {"n": 1}), [Claims()]
+    now = [0.0]
+    place, claims = records_place("s", {"n": 1}), [Claims(lambda: now[0])]
 
     def ask(method, *values):
         return getattr(claims[0], method)(*values)
@@ -242,7 +243,9 @@ def test_what_a_judge_failed_on_is_asked_again_once_a_start_and_others_wait_for_
             records("fourth")
         return [{"failed": False}]
 
-    assert records("first") == records("second") == [{"failed": True}]
+    assert records("first") == [{"failed": True}]
+    now[0] = 60.0
+    assert records("second") == [{"failed": True}]
     claims[0] = Claims()
     assert records("third", mend) == records("fifth") == [{"failed": False}]
     assert ask("claim", "sixth", "another")[1] == ["another"]

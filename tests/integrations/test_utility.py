@@ -7,7 +7,7 @@ import math
 import os
 import random
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -18,6 +18,7 @@ from run_samples import OneProcess
 from scipy.stats import binomtest, t, ttest_rel
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, InputError, load_demo, parse_heads
+from safetyheads.errors import ElsewhereError
 from safetyheads.integrations.lm_eval import (
     TaskCodeWarning,
     chat_of,
@@ -25,10 +26,18 @@ from safetyheads.integrations.lm_eval import (
     load_tasks,
     organism_documents,
 )
-from safetyheads.integrations.utility import Variant, evaluate_tasks, head_variants, metric_change, metric_value
+from safetyheads.integrations.utility import (
+    Variant,
+    evaluate_tasks,
+    head_variants,
+    metric_change,
+    metric_value,
+    run_evaluation,
+)
 from safetyheads.model.loading import fingerprint
 from safetyheads.prompts.asked import tokenizer_sha256
-from safetyheads.runs.config import TaskOptions
+from safetyheads.runs.config import EvalConfig, Progress, TaskOptions
+from safetyheads.runs.shards import Shard
 from safetyheads.stats.intervals import Rate
 from safetyheads.stats.testing import paired_difference
 
@@ -54,6 +63,20 @@ def whole(engine, organism):
     """All questions, vanilla and with two groups ablated."""
     groups = [GROUP, parse_heads("1-3")]
     return evaluate_tasks(engine, organism, head_variants(engine, groups, UNDIFFERENTIATED_ATTENTION))
+
+
+def test_shards_of_an_evaluation_share_its_tasks(engine, tmp_path):
+    config = EvalConfig("demo:aligned_a", limit=6, groups=("1-3", "2-5"))
+    tasks, many = load_tasks(config), tmp_path / "many"
+
+    def evaluated(out, shard=None):
+        with suppress(ElsewhereError):
+            return run_evaluation(engine, config, out, tasks, Progress(), (), shard=shard)
+
+    ended = [evaluated(many, Shard(index, 2)) for index in (1, 2, 1)]
+    starts = [path.read_text().count("seconds") for path in sorted(many.glob("starts/[!.]*.jsonl"))]
+    assert (ended[0], sum(starts) >= 3, starts[2]) == (None, True, 0)
+    assert ended[1] == ended[2] == evaluated(tmp_path / "one")
 
 
 def by_hand(engine, documents):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -123,7 +125,33 @@ def test_auto_offloads_to_the_disk_what_the_memory_does_not_hold(name, needs_fol
     assert_equal_engines(engine, plain)
 
 
+def test_a_replay_moves_the_weights_of_the_layers_that_it_runs_and_no_others(monkeypatch):
+    model = accelerate.cpu_offload(model_of("llama_gqa"), execution_device=torch.device("cpu"))
+    use_our_attention(model)
+    engine, moved = Engine(model, tokenizer()), set[str]()
+    names = {id(module): name for name, module in model.named_modules()}
+    sequences = [TokenSequence(token_ids) for token_ids in engine.ask(PROMPTS).token_ids]
+    (kept,) = engine.captured(sequences, (), UNDIFFERENTIATED_ATTENTION, Plan((tuple(range(len(sequences))),), 4, 1))
+    pre_forward = accelerate.hooks.AlignDevicesHook.pre_forward
+
+    def noted(hook, module, *arguments, **named):
+        moved.update(re.findall(r"layers\.(\d)", names[id(module)]) if hook.offload else ())
+        return pre_forward(hook, module, *arguments, **named)
+
+    monkeypatch.setattr(accelerate.hooks.AlignDevicesHook, "pre_forward", noted)
+    for start, layers in ((2, {"2"}), (1, {"1", "2"})):
+        moved.clear()
+        engine.replayed([kept], [(Head(start, 1),)], UNDIFFERENTIATED_ATTENTION, start)
+        assert moved == layers
+
+
 # Several devices
+
+
+def test_equal_gpus_of_a_machine_have_one_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
+    names = {device_name(SimpleNamespace(device=torch.device("cuda", n), model=None)) for n in (0, 1)}
+    assert names == {"cuda H100"}
 
 
 # gpt-oss is left out: on what claims to be CUDA its experts call functions that the CPU does not have.

@@ -23,13 +23,13 @@ from safetyheads.errors import ElsewhereError, IncompleteError, InputError
 from safetyheads.files import write_atomically
 from safetyheads.runs import kept_answers
 from safetyheads.runs.audit import read_prompts, run_audit
-from safetyheads.runs.config import AuditConfig, SaharaConfig, ScanConfig, ShipsConfig
+from safetyheads.runs.config import AsrConfig, AuditConfig, SaharaConfig, ScanConfig, ShipsConfig
 from safetyheads.runs.directory import RunDirectory, records_place, status_of
 from safetyheads.runs.exhaustive_scan import run_scan
 from safetyheads.runs.merge import merge
 from safetyheads.runs.run import mixed_notes
 from safetyheads.runs.shards import Shard, owners
-from safetyheads.runs.single_steps import run_sahara, run_ships
+from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
 
 MODEL = "demo:aligned_a"
 SHORT = {"limit": 6, "max_new_tokens": 12, "memory": 1.0}
@@ -73,13 +73,29 @@ def rounds(carry_out, engine, config, folder, n_shards):
     [
         (run_ships, ShipsConfig(MODEL, "demo", limit=6, memory=1.0)),
         (run_sahara, SaharaConfig(MODEL, "demo", limit=6, size=1, memory=1.0)),
+        (run_asr, AsrConfig(MODEL, "demo", groups=("1-3,2-5", "1-3"), query_level=2, **SHORT)),
     ],
-    ids=["ships", "sahara"],
+    ids=["ships", "sahara", "asr"],
 )
 def test_single_steps_need_no_more_rounds_than_they_say(engine, tmp_path, monkeypatch, carry_out, config):
     monkeypatch.setattr(kept_answers, "_LEAST_PROMPTS", 2)
     n = rounds(carry_out, engine, config, tmp_path / "many", 2)
     assert 1 < n <= carry_out(engine, config, tmp_path / "none", dry_run=True)["rounds"]
+    assert carry_out(engine, config, tmp_path / "one") == RunDirectory.open(tmp_path / "many").read_results()
+
+
+def test_the_command_plans_the_known_units_and_a_shard_of_it_ends_with_3(run, tmp_path):
+    out, settings = tmp_path / "r", ("--prompts", "demo", "--limit", 6, "--memory", 1, "--out", tmp_path / "r")
+    code, _, err = run("plan", 2, "ships", MODEL, *settings)
+    said = " ".join(err.split())
+    assert (code, "2 shards end after 3 rounds at most" in said) == (0, True)
+    assert "--array=1-2 --dependency=afterany:$job JOB" in said
+    (planned,) = (json.loads(path.read_text()) for path in out.glob("plan/*.json"))
+    assert [path for folder in ("shards", "completions") for path in out.glob(f"{folder}/*")] == []
+    code, _, err = run("ships", MODEL, *settings, "--shard", "1/2")
+    assert (code, "run this array again" in err) == (3, True)
+    ((places, _),) = planned["units"]
+    assert all((out / place).exists() for place in places) == (owners({tuple(places): 1.0}, 2)[places[0]] == 1)
 
 
 @pytest.mark.parametrize(
