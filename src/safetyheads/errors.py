@@ -3,8 +3,10 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from numbers import Integral
 
 OVERFLOWS = "{} is not finite: the ablated model's states overflow its dtype"
 OUT_OF_MEMORY = "out of memory; what was computed is kept. A smaller --dtype or --limit may help"
@@ -45,6 +47,21 @@ def as_path(given: object, what: str) -> str:
     raise InputError(f"{what}: not a name or a path, but {shorten(repr(given), 60)}")
 
 
+def whole_number(given: object, what: str, least: int = 0) -> int:
+    """A whole number, ``least`` or more; an InputError for anything else."""
+    if isinstance(given, bool) or not isinstance(given, Integral) or given < least:
+        raise InputError(f"{what} is a whole number, {least} or more; got {shorten(repr(given), 60)}")
+    return int(given)
+
+
+def refuse_unknown(given: Iterable[str], known: Collection[str], what: str) -> None:
+    """Refuse a name that is not known, with the nearest one; ``what`` is of whom: "audit has no setting"."""
+    if unknown := sorted(set(given) - set(known)):
+        near = get_close_matches(unknown[0], known, 1)
+        offer = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise InputError(f"{what} {unknown[0]!r}; {offer}")
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -61,6 +78,11 @@ def one_line(error: BaseException) -> str:
 def shorten(text: str, width: int = 40) -> str:
     """The text, cut to a width that a line has room for."""
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def unicode_text(text: str) -> str:
+    """The text with halves of surrogate pairs, as names of files may hold, written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager

@@ -18,13 +18,15 @@ from typing import Any
 
 import psutil
 
-from safetyheads.errors import InputError, SafetyheadsError, first_line
+from safetyheads.errors import InputError, SafetyheadsError, first_line, shorten
 
 PARTIAL = ".partial"
 """End of the name of a file that is still being written; the name begins with a dot."""
 
 MOST_BYTES = 1 << 28
 """Largest file of prompts or settings that is read."""
+# Levels of nesting that nothing sensible has, and that no library which takes the value apart fails on.
+_MOST_LEVELS = 100
 MENDABLE_ERRORS = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP),
@@ -74,7 +76,7 @@ def write_page(path: Path, page: str) -> None:
     """Write a page atomically, after what killed processes left half-written of it is gone."""
     with as_input_error(path):
         remove_partial_files(path.parent, f".{escape(path.name)}")
-    write_atomically(path, page.encode())
+    write_atomically(path, page.encode("utf-8", "backslashreplace"))
 
 
 def remove_partial_files(folder: Path, names: str = "**/.*") -> None:
@@ -180,10 +182,12 @@ def _deepest_field(text: str | bytes) -> str:
     return found.strip('"')
 
 
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value that is no container (or an empty one), with its dotted name."""
+def leaves(value: Any, name: str = "", room: int = _MOST_LEVELS) -> Iterator[tuple[str, Any]]:
+    """Each value that is no container (or an empty one), with its dotted name; an InputError for deep nesting."""
     if not isinstance(value, Mapping | list | tuple) or not value:
         yield name, value
         return
+    if not room:
+        raise InputError(f"{shorten(name, 300)} is nested too deep")
     for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
-        yield from leaves(inner, f"{name}.{key}" if name else str(key))
+        yield from leaves(inner, f"{name}.{key}" if name else str(key), room - 1)

@@ -18,6 +18,9 @@ from safetyheads.judges.models import CausalJudge
 CONFIG = LlamaConfig(**COMMON, num_key_value_heads=2)
 BEYOND = ("sliding_window", "rope_scaling", "quantization_config", "auto_map", "text_config", "id2label", "num_labels")
 BEYOND += ("layer_types", "attn_implementation", "torch_dtype", "is_decoder", "is_encoder_decoder", "return_dict")
+# What our own code reads of other families' configs.
+BEYOND += ("num_nextn_predict_layers", "num_experts", "num_experts_per_tok", "per_layer_config", "floor_scale")
+BEYOND += ("index_topk", "attention_chunk_size", "original_max_position_embeddings", "rope_parameters")
 FIELDS = {
     "config.json": (*CONFIG.to_dict(), *BEYOND),
     "generation_config.json": (
@@ -45,6 +48,7 @@ ODD = st.one_of(
     st.lists(st.sampled_from([0, -1, "x", None, "full_attention"]), max_size=3),
     st.dictionaries(st.sampled_from(["quant_method", "bits", "0", "content"]), st.sampled_from(["x", 5, "awq"])),
     ROPES,
+    st.integers(1, 700).map(lambda levels: json.loads("[" * levels + "]" * levels)),
 )
 
 
@@ -86,6 +90,8 @@ slowly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(CHANGES)
 @example({("generation_config.json", "eos_token_id"): {"rope_type": "linear"}})
 @example({("config.json", "eos_token_id"): {"0": 5}})
+@example({("config.json", "num_experts"): 4, ("config.json", "num_experts_per_tok"): None})
+@example({("config.json", "per_layer_config"): 5})
 def test_any_field_is_read_or_refused_in_one_line(whole, tmp_path_factory, changes):
     read_or_refused(whole, tmp_path_factory.getbasetemp() / "broken", changes)
 

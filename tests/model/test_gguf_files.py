@@ -58,6 +58,8 @@ def test_text_is_split_by_the_rule_of_the_file(tmp_path, recwarn, rule, split, w
         (lambda path: path.write_bytes(b""), "is no GGUF file that can be read"),
         (lambda path: path.write_bytes(path.read_bytes()[:3000]), "is no GGUF file that can be read"),
         (lambda path: write_gguf(path, n_parts=3), "is one part of a model in 3 files"),
+        (lambda path: write_gguf(path, n_parts="3"), "its split.count is '3'"),
+        (lambda path: write_gguf(path, n_layers=1_000_000), "num_hidden_layers must be from 1 to 1000; got 1000000"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path, harm, words):

@@ -145,12 +145,20 @@ def test_a_loaded_checkpoint_is_proved_and_named_and_a_config_that_is_no_object_
             assert refusal(place) == f"M/{file} does not hold a JSON object"
 
 
+def nested(levels):
+    return json.loads("[" * levels + "]" * levels)
+
+
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
         ({"num_attention_heads": "4"}, "num_attention_heads must be from 1 to 65536; got '4'"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be from 1 to 1000; got 1000000000"),
         ({"sliding_window": "x"}, "sliding_window must be from 0"),
+        ({"num_nextn_predict_layers": "1"}, "num_nextn_predict_layers must be from 0 to 1000; got '1'"),
+        ({"num_experts": 4, "num_experts_per_tok": "2"}, "num_experts_per_tok must be from 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e308}}, "scaling.factor must be from -1000000.0 to"),
+        ({"x": nested(600)}, "x.0.0.* is nested too deep"),
         ({"quantization_config": []}, "'list' object has no attribute 'to_dict'"),
         ({"quantization_config": {"quant_method": "own"}}, "is quantised in a way .* know: 'own'"),
     ],
@@ -160,6 +168,13 @@ def test_sizes_and_quantisations_that_cannot_be_are_refused_before_anything_is_r
     assert re.search(why, refusal(place))
     with pytest.raises(InputError, match="the judge .*" + why):
         CausalJudge(checkpoint=str(place)).look()
+
+
+def test_a_generation_config_that_is_nested_deep_is_refused_and_experts_without_a_number_all_count(place):
+    change(place, num_experts=4, num_experts_per_tok=None)
+    assert Engine.load(str(place), check=False).architecture.active_experts == 1
+    change(place, "generation_config.json", x=nested(600))
+    assert re.match(r"generation_config.json of .*.x.0.0.* is nested too deep", refusal(place))
 
 
 @pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json"])

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
-from safetyheads import Engine
+from safetyheads import Engine, InputError
 from safetyheads.model.loading import bits_of_weights
 from safetyheads.model.names import CHECKPOINTS
 from safetyheads.model.packing import TokenSequence
@@ -40,6 +41,14 @@ def test_machines_are_named(text, count, rate):
     machine = Machine.parse(text)
     assert (machine.count, machine.rate) == (count, rate)
     assert machine.device in DEVICES.values()
+
+
+@pytest.mark.parametrize("wrong", [{"num_hidden_layers": 1_000_000}, {"head_dim": -4}])
+def test_a_config_that_cannot_be_is_refused_before_a_shape_is_built(tmp_path, wrong):
+    path = Path(config_alone(tmp_path / "model")) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(InputError, match=f"{next(iter(wrong))} must be from 1"):
+        Machine.parse("H100").engine(ModelOptions(str(path.parent)))
 
 
 def test_a_model_is_counted_as_it_is_when_it_is_loaded():

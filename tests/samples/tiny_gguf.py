@@ -21,12 +21,12 @@ SHAPES = {
 }
 
 
-def write_gguf(path: Path, rule: str = "smollm", n_parts: int = 1) -> dict[str, np.ndarray]:
+def write_gguf(path: Path, rule: str = "smollm", n_parts: int | str = 1, n_layers: int = 2) -> dict[str, np.ndarray]:
     """Writes the file; gives the weights that it holds, dequantised, by GGUF's names."""
     generator = np.random.default_rng(0)
     tokens = ["<|end|>", *sorted(ByteLevel.alphabet()), "ĊĊ"]
     writer = GGUFWriter(path, "llama")
-    writer.add_block_count(2)
+    writer.add_block_count(n_layers)
     writer.add_context_length(128)
     writer.add_embedding_length(WIDTH)
     writer.add_feed_forward_length(MLP)
@@ -43,8 +43,9 @@ def write_gguf(path: Path, rule: str = "smollm", n_parts: int = 1) -> dict[str, 
     writer.add_chat_template(TEMPLATE)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-    if n_parts > 1:
-        writer.add_uint16("split.count", n_parts)
+    if n_parts != 1:
+        write = writer.add_string if isinstance(n_parts, str) else writer.add_uint16
+        write("split.count", n_parts)
     held = {}
     shapes = {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in SHAPES.items()}
     for name, shape in {**shapes, "token_embd": (len(tokens), WIDTH)}.items():

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from safetyheads.errors import UnsupportedModelError
+from safetyheads.errors import UnsupportedModelError, one_line
 
 # Where families keep their parts, by attribute; the first name that is there counts.
 DECODER_NAMES = ("model", "language_model", "transformer", "decoder")  # should get_decoder give more (Llama 4)
@@ -171,6 +171,14 @@ class Architecture:
 
 def describe(model: PreTrainedModel) -> Architecture:
     """The parts of ``model``; a family that keeps one in an unknown place is refused, by name and part."""
+    try:
+        return _described(model)
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        kind = f"{model.config.model_type}: {type(model).__name__}"
+        raise UnsupportedModelError(f"{kind} has a config that may be wrong: {one_line(error)}") from error
+
+
+def _described(model: PreTrainedModel) -> Architecture:
     config = model.config.get_text_config(decoder=True)
     family = model.config.model_type
     decoder: Any = model.get_decoder()
@@ -200,7 +208,7 @@ def describe(model: PreTrainedModel) -> Architecture:
         head=head,
         d_model=config.hidden_size,
         d_mlp=(d_mlp[0] if isinstance(d_mlp, list | tuple) else d_mlp) or 4 * config.hidden_size,
-        active_experts=getattr(config, "num_experts_per_tok", n_experts) / n_experts if n_experts else 1.0,
+        active_experts=(_number(config, ("num_experts_per_tok",)) or n_experts) / n_experts if n_experts else 1.0,
         vocabulary_size=head.weight.shape[0] if hasattr(head, "weight") else config.vocab_size,
         context_length=context_length(config),
         windows=_positive([*(getattr(config, name, None) for name in WINDOW_NAMES), *(s.window for s in shapes if s)]),

@@ -56,6 +56,7 @@ _MEANINGS = {
     "ignore_mismatched_sizes": "the weights of {} do not fit its config.json: tensors have other shapes",
 }
 _SETTINGS_FILES = ("config.json", "generation_config.json")
+_QUIETLY = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
 # Smallest and largest value of a config's sizes: nonsense here would be built for hours, or not at all.
 _SIZES = read_toml(Path(__file__).with_name("config_bounds.toml"))["sizes"]
 _CONFIG_BOUNDS = {name: entry["from_to"] for entry in _SIZES for name in entry["names"]}
@@ -75,7 +76,10 @@ _ROUND_WEIGHTS_ALONE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 # What transformers, the hub and safetensors raise where a checkpoint cannot be read.
 UNREADABLE = (OSError, ValueError, KeyError, ImportError)
 # What their code trips over where a config says nonsense: words for numbers, a list for an object, no heads at all.
-_NONSENSE = (TypeError, AttributeError, ArithmeticError, AssertionError, LookupError, StrictDataclassError)
+_NONSENSE = (
+    *(TypeError, AttributeError, ArithmeticError, AssertionError, LookupError, RecursionError),
+    StrictDataclassError,
+)
 
 
 def load_model(
@@ -199,41 +203,36 @@ def look_at(path: str, options: LoadOptions, name: str) -> Path | None:
             raise InputError(
                 f"{name} is a file; a model is a directory with config.json and weights, a GGUF file, or a hub id"
             )
-        look_at_directory(Path(path), name, options)
+        look_at_directory(Path(path), name)
+        if not Path(path, "config.json").is_file():
+            raise InputError(f"{name} has no config.json, so it is not a model directory")
+        _weights_file(Path(path), name, _SAFE_WEIGHTS, _PICKLED_WEIGHTS, options.allow_pickle)
     refuse_stray_weights(path, options.revision, options.allow_pickle)
     return None
 
 
-def look_at_directory(path: Path, name: str, options: LoadOptions | None = None, is_model: bool = True) -> None:
-    """Refuse a local directory that cannot be a checkpoint, or a tokenizer alone."""
-    options = options or LoadOptions()
+def look_at_directory(path: Path, name: str) -> None:
+    """Refuse a local directory that cannot be a checkpoint, or a tokenizer alone, because its files are none."""
     for file in path.iterdir():
         if file.exists() and not file.is_file() and not file.is_dir():
             raise InputError(f"{name} holds {file.name}, which is no regular file")
     for file in path.glob("*token*.json"):
         read_json(file)
-    if not is_model:
-        return
-    if not (path / "config.json").is_file():
-        raise InputError(f"{name} has no config.json, so it is not a model directory")
-    found = {kept: read_json(path / kept) for kept in _SETTINGS_FILES if (path / kept).is_file()}
+
+
+def _refuse_wrong_settings(path: str, name: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Refuse a config that transformers would build for hours, or stumble over; it is read before anything is built."""
+    places = {kept: cached_file(path, kept, revision=revision, **_QUIETLY) for kept in _SETTINGS_FILES}
+    found = {kept: read_json(Path(place)) for kept, place in places.items() if place}
     for which, fields in found.items():
         for key in (key for key, value in fields.items() if key.endswith("_token_id") and isinstance(value, dict)):
             raise InputError(f"{which} of {name} is wrong: {key} must be a number or a list; got {fields[key]!r}")
-    for place, value in leaves(found):
-        which, _, key = place.partition(".json.")
-        # Lists give a number to each layer, or several that end an answer.
-        bounds = _CONFIG_BOUNDS.get(key.rstrip(".0123456789").rpartition(".")[2])
-        if bounds is None or value is None or value == [] or (value is False and bounds[0] == 0):
-            continue
-        least, most = bounds
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise InputError(f"{which}.json of {name} is wrong: {key} must be from {least} to {most}; got {value!r}")
+    _refuse_wrong_sizes(found, name)
     # Where transformers has the family's code itself, code that a checkpoint brings beside it is not run.
-    described = found["config.json"]
+    described = found.get("config.json", {})
     family = described.get("model_type")
     is_shipped = isinstance(family, str) and family in transformers.CONFIG_MAPPING
-    if "auto_map" in described and not options.trust_remote_code and not is_shipped:
+    if "auto_map" in described and not trust_remote_code and not is_shipped:
         raise InputError(_BRINGS_CODE.format(name))
     if "generation_config.json" in found:
         try:
@@ -242,19 +241,29 @@ def look_at_directory(path: Path, name: str, options: LoadOptions | None = None,
             if isinstance(error, InputError):
                 raise
             raise InputError(f"generation_config.json of {name} is wrong: {one_line(error)}") from error
-    _weights_file(path, name, _SAFE_WEIGHTS, _PICKLED_WEIGHTS, options.allow_pickle)
+
+
+def _refuse_wrong_sizes(files: Mapping[str, Any], name: str) -> None:
+    for of, fields in ((f"{which} of {name}", fields) for which, fields in files.items()):
+        for place, value in leaves(fields, of):
+            key = place.removeprefix(f"{of}.")
+            # Lists give a number to each layer, or several that end an answer.
+            bounds = _CONFIG_BOUNDS.get(key.rstrip(".0123456789").rpartition(".")[2])
+            if bounds is None or value is None or value == [] or (value is False and bounds[0] == 0):
+                continue
+            least, most = bounds
+            if not isinstance(value, int | type(most)) or isinstance(value, bool) or not least <= value <= most:
+                said = f"must be from {least} to {most}; got {shorten(repr(value))}"
+                raise InputError(f"{of} is wrong: {key} {said}")
 
 
 def refuse_stray_weights(name: str, revision: str | None = None, allow_pickle: bool = False) -> None:
     """Refuse a checkpoint whose config or index names weights outside of it, or pickles where they are not allowed."""
-    quietly = {
-        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
-    }
     read = {"config.json": "transformers_weights", _SAFE_WEIGHTS[1]: "weight_map", _PICKLED_WEIGHTS[1]: "weight_map"}
     for file, field in list(read.items()):
         if file == _PICKLED_WEIGHTS[1] and not allow_pickle:
             continue
-        found = cached_file(name, file, revision=revision or "main", **quietly)
+        found = cached_file(name, file, revision=revision or "main", **_QUIETLY)
         named = read_json(Path(found)).get(field) if found else None
         for weights in set(map(str, named.values() if isinstance(named, dict) else [named] if named else ())):
             path, where = PurePosixPath(weights.replace("\\", "/")), f"the {file} of {name} names the weights {weights}"
@@ -358,9 +367,15 @@ def bits_of_weights(model: PreTrainedModel) -> float:
 def read_config(path: str, name: str, **arguments: Any) -> PreTrainedConfig:
     """A checkpoint's config, without the attention that it names, which ours replaces; ``name`` is for messages."""
     try:
+        if "gguf_file" not in arguments:
+            _refuse_wrong_settings(path, name, arguments["revision"], arguments["trust_remote_code"])
         config = transformers.AutoConfig.from_pretrained(path, **arguments)
+    except InputError:
+        raise
     except (*UNREADABLE, *_NONSENSE) as error:
         raise _cannot_load(name, error) from error
+    if "gguf_file" in arguments:
+        _refuse_wrong_sizes({"config.json": config.to_dict()}, name)
     for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
         if part is not None:
             part._attn_implementation_internal = None
@@ -430,7 +445,7 @@ def read_tokenizer(
     if file is not None:
         source, arguments["gguf_file"] = str(file.parent), file.name
     if os.path.isdir(source):
-        look_at_directory(Path(source), source, is_model=False)
+        look_at_directory(Path(source), source)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **arguments)
     except Exception as error:
@@ -611,7 +626,7 @@ def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = N
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
     kind, why = config.get("peft_type"), None
-    ranks = [rank for name in ("r", "rank_pattern") for _, rank in leaves(config.get(name))]
+    ranks = [rank for name, rank in leaves(config) if name.partition(".")[0] in ("r", "rank_pattern")]
     if not isinstance(kind, str) or kind not in {known.value for known in PeftType}:
         why = f"is of a kind that this peft does not know: {kind}"
     elif getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(kind)), "uses_shared_state", False):
@@ -760,9 +775,8 @@ def _refuse_unused_weights(model: Any, path: str, unexpected: Collection[str], i
     heads = [f"{name}." for name, module in model.named_modules() if module is head]
     within = (f"{model.base_model_prefix}.", *heads)
     # Layers after the last one that guess further tokens (DeepSeek-V3 and its kin).
-    beyond = range(
-        config.num_hidden_layers, config.num_hidden_layers + (getattr(config, "num_nextn_predict_layers", None) or 0)
-    )
+    n_beyond = getattr(config, "num_nextn_predict_layers", None)
+    beyond = range(config.num_hidden_layers, config.num_hidden_layers + (n_beyond if isinstance(n_beyond, int) else 0))
     numbers = {name: number for name in unexpected if (number := _LAYER_NUMBER.search(name))}
     unused = [
         name
@@ -878,6 +892,9 @@ def read_header(file: Path) -> tuple[str, dict[str, Any]]:
         }
     except (ValueError, LookupError, OSError, struct.error) as error:
         raise InputError(f"{file} is no GGUF file that can be read: {first_line(error)}") from error
+    for name, value in fields.items():
+        if not isinstance(value, int if name == "split.count" else str):
+            raise InputError(f"{file} is no GGUF file that can be read: its {name} is {shorten(repr(value))}")
     if fields.get("split.count", 1) > 1:
         raise InputError(f"{file} is one part of a model in {fields['split.count']} files; join them first")
     kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
