@@ -61,8 +61,9 @@ class Ablation(Shown):
     """Factor of the ``scale`` kinds (Eq 7, 8): 0 is the exact limit, 1 changes nothing. Mean kinds ignore it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", ABLATION_ALIASES.get(self.name, self.name))
-        if self.name not in ABLATION_KINDS:
+        if isinstance(self.name, str):
+            object.__setattr__(self, "name", ABLATION_ALIASES.get(self.name, self.name))
+        if not isinstance(self.name, str) or self.name not in ABLATION_KINDS:
             raise InputError(f"unknown ablation {self.name!r}; known are {KNOWN_ABLATIONS}")
         if not isinstance(self.epsilon, Real) or not math.isfinite(self.epsilon) or self.epsilon < 0:
             raise InputError(f"epsilon must be a finite number, 0 or more; got {self.epsilon!r}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from safetyheads.display import Shown
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, whole_number
 
 _WRITTEN = re.compile(r"\s*(?:[lL](\d{1,9})[hH](\d{1,9})|(\d{1,9})[-.](\d{1,9}))\s*")
 
@@ -23,8 +23,8 @@ class Head(Shown):
     """Query head within the layer, counted from 0."""
 
     def __post_init__(self) -> None:
-        if self.layer < 0 or self.index < 0:
-            raise InputError(f"head {self.layer}-{self.index}: layer and index count from 0")
+        for number in (self.layer, self.index):
+            whole_number(number, f"head {self.layer}-{self.index}: a layer or index")
 
     def __str__(self) -> str:
         return f"{self.layer}-{self.index}"
@@ -61,6 +61,13 @@ def parse_heads(heads: AnyHeads) -> Group:
     if len(set(group)) < len(group):
         raise InputError(f"head {next(head for head in group if group.count(head) > 1)} is given twice")
     return group
+
+
+def parse_groups(groups: Iterable[AnyHeads]) -> list[Group]:
+    """Each of several groups."""
+    if isinstance(groups, str | Head) or not isinstance(groups, Iterable):
+        raise InputError(f"give a list of groups, such as ['2-26,3-1']; got {groups!r}")
+    return [parse_heads(group) for group in groups]
 
 
 def within(heads: AnyHeads, n_layers: int, n_heads: int) -> Group:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from safetyheads.display import Shown, Table, chart
-from safetyheads.errors import InputError
-from safetyheads.heads import Group, Head, format_heads, parse_heads, within
+from safetyheads.errors import InputError, whole_number
+from safetyheads.heads import Group, Head, format_heads, parse_groups, within
 
 if TYPE_CHECKING:
     from safetyheads.display import Chart
@@ -41,9 +41,8 @@ class FunctionScorer(Shown):
 
     def __call__(self, groups: Sequence[Group]) -> Tensor:
         """Scores [len(groups)], float64; an InputError where a group is written in a way that heads are not."""
-        if isinstance(groups, str):
-            raise InputError(f"a scorer takes a list of groups, such as [{groups!r}]")
-        return self.score([parse_heads(group) for group in groups])
+        parsed = parse_groups(groups)
+        return self.score(parsed) if parsed else torch.empty(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -59,8 +58,9 @@ class HeadScores(Table):
     """Scores this close are ties."""
 
     def __post_init__(self) -> None:
-        if self.values.ndim not in (2, 3):
-            raise InputError(f"head scores are [layers, heads] or [prompts, layers, heads], got {self.values.ndim}-D")
+        shape = tuple(self.values.shape) if isinstance(self.values, Tensor) else type(self.values).__name__
+        if isinstance(shape, str) or len(shape) not in (2, 3):
+            raise InputError(f"head scores are a tensor [layers, heads] or [prompts, layers, heads]; got {shape}")
 
     def _facts(self) -> dict[str, object]:
         shape = " x ".join(map(str, self.values.shape))
@@ -79,7 +79,7 @@ class HeadScores(Table):
 
     def __getitem__(self, head: Head | str) -> float:
         """The head's score, averaged over the prompts where there are several."""
-        (head,) = within((Head.parse(head) if isinstance(head, str) else head,), *self.values.shape[-2:])
+        (head,) = within((Head.parse(head),), *self.values.shape[-2:])
         return float(self.mean().values[head.layer, head.index])
 
     def mean(self) -> HeadScores:
@@ -111,12 +111,14 @@ class HeadScores(Table):
 
     def top(self, k: int) -> Group:
         """The k best heads, best first."""
-        return tuple(head for head, _ in self.ranked()[:k])
+        return tuple(head for head, _ in self.ranked()[: whole_number(k, "the number of best heads")])
 
     def top_of_prompt(self, prompt: int, k: int) -> Group:
         """The k best heads of one prompt, best first (the paper's query level)."""
         if self.values.ndim != 3:
             raise InputError("these scores are not per prompt")
+        if whole_number(prompt, "a prompt's position") >= len(self.values):
+            raise InputError(f"prompt {prompt} is out of range: there are {len(self.values)}")
         return HeadScores(self.values[prompt], self.name, self.unit, self.resolution).top(k)
 
     def ties(self) -> tuple[Group, ...]:

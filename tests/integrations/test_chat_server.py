@@ -7,10 +7,10 @@ import urllib.request
 import openai
 import pytest
 
-from safetyheads import Sampling, generate
+from safetyheads import InputError, Sampling, generate
 from safetyheads.demo import load_demo
 from safetyheads.integrations import chat_server
-from safetyheads.integrations.chat_server import KEY_VARIABLE, serve_chats
+from safetyheads.integrations.chat_server import KEY_VARIABLE, read_request, serve_chats
 from safetyheads.runs.config import ServeConfig
 
 GROUP = "1-3,2-5,2-1"
@@ -116,6 +116,11 @@ def test_a_stop_text_and_a_limit_end_an_answer(client, demo):
     assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 2)
 
 
+def test_a_body_nested_deep_is_refused():
+    with pytest.raises(InputError, match="recursion"):
+        read_request(b'{"metadata": ' + b"[" * 100_000)
+
+
 @pytest.mark.parametrize(
     ("given", "status", "said"),
     [
@@ -128,6 +133,8 @@ def test_a_stop_text_and_a_limit_end_an_answer(client, demo):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only text"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "the model's context is"),
         ({"max_tokens": "many"}, 400, "$.max_tokens"),
+        ({"messages": [{"role": "user", "content": "Look", "images": ["a.png"]}]}, 400, "and one has images too"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image": "b"}]}]}, 400, "only text"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_in_one_line(client, given, status, said):

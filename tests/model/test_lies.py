@@ -7,10 +7,12 @@ import pytest
 import torch
 from tiny_models import engine_of, prompts_of
 from torch.nn.modules.module import register_module_forward_hook
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from safetyheads import Head, KeywordJudge, SafetyheadsError, attack_success_rate, mean_ships, ships
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION
-from safetyheads.model.attention import attention_calls
+from safetyheads.model.attention import ATTENTION_NAME, attention_calls
 from safetyheads.model.engine import state_of
 
 GROUP = (Head(0, 1), Head(2, 2))
@@ -66,6 +68,7 @@ CHANGES = {
     "eager attention": (lambda engine: engine.model.set_attn_implementation("eager"), "computes attention by eager"),
     "replaced attention": (replaced_attention, "model.layers.1.self_attn is another module"),
     "replaced forward": (replaced_forward, "model.layers.1.self_attn has another forward method"),
+    "compiled": (lambda engine: engine.model.compile(), "was compiled"),
     "another model": (another_model, "is another module"),
     "added module": (lambda engine: engine.model.add_module("probe", torch.nn.Linear(1, 1)), "probe was added"),
     "cast": (lambda engine: engine.model.to(torch.bfloat16), "has weights of bfloat16"),
@@ -99,6 +102,21 @@ def test_autocast_is_refused_within_and_forgotten_after():
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(SafetyheadsError, match="autocast is on"):
         ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION)
     assert torch.equal(before, ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION).values)
+
+
+@pytest.mark.parametrize("named", ["a forward method", "an attention", "a mask"])
+def test_what_a_class_or_a_registry_was_given_instead_is_noticed(monkeypatch, named):
+    engine = engine_of("llama_gqa")
+    attention = engine.architecture.attentions[0]
+    ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION)
+    if named == "a forward method":
+        monkeypatch.setattr(type(attention), "forward", lambda *given, **named: pytest.fail("it runs"))
+    else:
+        registry = ALL_ATTENTION_FUNCTIONS if named == "an attention" else ALL_MASK_ATTENTION_FUNCTIONS
+        monkeypatch.setitem(registry, ATTENTION_NAME, lambda *given, **named: pytest.fail("it runs"))
+    said = "has another forward method" if named == "a forward method" else "another attention or mask is registered"
+    with pytest.raises(SafetyheadsError, match=f"not as it was proved: .*{said}"):
+        ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION)
 
 
 def test_hooks_of_all_modules_are_refused():

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, time_limit
 from safetyheads.prompts.files import KNOWN_BENCHMARKS, QUERY_COLUMNS, Benchmark, Columns, cache_directory, read_rows
 from safetyheads.prompts.prompt_set import Prompt, PromptSet
 
@@ -115,6 +115,9 @@ def test_files_are_read_in_every_format(tmp_path, name, content, prompts, droppe
         ("a.jsonl", b'{"goal": "x"}\n{"goal": \n', "line 2: not JSON", None),
         ("a.jsonl", b'{"goal": 3}\n', "line 1: the field 'goal' is not a string", None),
         ("a.jsonl", b'{"goal": "\\ud800"}\n', "not Unicode text", None),
+        ("a.jsonl", b'{"goal": "a", "category": "\\ud800"}\n', "a category is not Unicode text", None),
+        ("a.jsonl", b'{"goal": "a", "x": ' + b"[" * 600 + b"]" * 600 + b"}\n", "line 1: x.0.0.* nested too deep", None),
+        ("a.csv", b"system_prompt,prompt\n,a\nBe brief.,b\n", "'system_prompt' holds a system prompt", None),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path, name, content, message, column):
@@ -123,6 +126,19 @@ def test_a_bad_file_is_one_line(tmp_path, name, content, message, column):
     with pytest.raises(InputError, match=message) as error:
         PromptSet.read(path, column=column)
     assert "\n" not in str(error.value)
+
+
+def test_names_of_columns_that_are_no_text_are_shown_as_escapes(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"prompt": "Hi", "\\ud800": "x"}')
+    assert read_rows(path).note == "prompts are the column 'prompt'; not read: \\ud800"
+
+
+@pytest.mark.parametrize("prompt", ["ask {}", "the same"])
+def test_a_column_for_each_row_takes_no_longer_than_one_for_all(tmp_path, prompt):
+    rows = [json.dumps({"prompt": prompt.format(number), f"c{number}": None}) for number in range(20_000)]
+    path = write(tmp_path / "a.jsonl", "\n".join(rows))
+    with time_limit(20):  # looking at each column in each row takes minutes
+        assert len(read_rows(path).rows) == 20_000
 
 
 @pytest.mark.parametrize("part", ["context", "category", "reference"])
@@ -300,6 +316,9 @@ def test_the_last_turn_of_a_conversation_is_the_prompt(tmp_path):
         (TALK[:3], "the last message must be the user's"),
         ([TALK[1], TALK[0], TALK[3]], "system, at first"),
         ([{"role": "tool", "content": "x"}, TALK[3]], "a message has a role"),
+        ([*TALK[:3], TALK[3] | {"images": ["a.png"]}], "only role and content of a message are read, .* images too"),
+        ([*TALK[:2], TALK[2] | {"reasoning_content": "So.", "tool_calls": []}, TALK[3]], "one has reasoning_content"),
+        ([*TALK[:2], TALK[2] | {"content": "\ud800"}, TALK[3]], "an earlier turn is not Unicode text"),
         ([], "the last message must be"),
     ],
 )

@@ -108,6 +108,9 @@ OF_MODEL = "^the chat template of maker/model "
             {},
             OF_MODEL + "drops the query, or changes it; choose --template",
         ),
+        ("chat", DROPS_SYSTEM, {"system": "user"}, OF_MODEL + "drops the system prompt"),
+        ("chat", "{{ range(1000) | random }}" + CHAT, {}, OF_MODEL + "writes another text each time; choose"),
+        ("chat", "{{ ['a', 'b'] | random }}" + CHAT, {}, OF_MODEL + "writes another text each time; choose"),
         ("chat", "{{ 'x' + 5 }}", {}, OF_MODEL + r'rejects the prompt: can only concatenate str \(not "int"\) to str'),
         ("chat", RECURSIVE, {}, OF_MODEL + "rejects the prompt: maximum recursion depth"),
         ("chat", CHAT, {"thinking": "closed"}, OF_MODEL + "has no think block to close"),
@@ -339,5 +342,9 @@ def test_a_conversation_stands_before_its_last_turn_as_it_is():
         bound.render("Another.", own_system)
     with pytest.raises(InputError, match="only the template chat"):
         Template.parse("direct").bound(tokenizer(CHAT)).render("Another.", TURNS_BEFORE)
-    with pytest.raises(InputError, match="drops the query, or changes it"):
+    with pytest.raises(InputError, match="drops an earlier turn, or changes it"):
         Template.parse("chat").bound(tokenizer(DROPS_SYSTEM)).render("Another.", TURNS_BEFORE)
+    # Each earlier turn stands in the last one's words.
+    last_alone = "{% for m in messages[-1:] %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    with pytest.raises(InputError, match="drops an earlier turn, or changes it"):
+        Template.parse("chat").bound(tokenizer(last_alone)).render("Name a tree. Not Oak.", TURNS_BEFORE)

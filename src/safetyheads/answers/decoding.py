@@ -25,9 +25,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation, AnyAblation
 from safetyheads.display import Shown
-from safetyheads.errors import OVERFLOWS, InputError, SafetyheadsError, UnsupportedModelError
+from safetyheads.errors import OVERFLOWS, InputError, SafetyheadsError, UnsupportedModelError, whole_number
 from safetyheads.files import read_toml
-from safetyheads.heads import AnyHeads, Group, within
+from safetyheads.heads import AnyHeads, Group, parse_groups, within
 from safetyheads.model.engine import Engine, ask
 from safetyheads.model.packing import left_padded
 from safetyheads.model.planning import allowed_memory, halving
@@ -62,9 +62,8 @@ class Sampling(Shown):
     """Divides the logits; every run of the paper's has 1. Unused when greedy."""
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise InputError(f"top-k keeps at least one token; got {self.top_k}")
-        if not 1e-3 <= self.temperature <= 1e3:
+        whole_number(self.top_k, "top-k keeps at least one token: it", 1)
+        if not isinstance(self.temperature, int | float) or not 1e-3 <= self.temperature <= 1e3:
             raise InputError(f"a temperature lies from 0.001 to 1000; got {self.temperature}; top-k 1 is greedy")
 
     @property
@@ -91,8 +90,7 @@ class Decoding(Shown):
     """Whether a row is decoded to its end after every judge is final."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"an answer needs at least one new token; got {self.max_new_tokens}")
+        whole_number(self.max_new_tokens, "an answer needs at least one new token: its length", 1)
 
 
 class Request(NamedTuple):
@@ -154,7 +152,7 @@ def generate(
 ) -> tuple[Answer, ...]:
     """Decode an answer to each prompt, prompt i with ``groups[i]`` ablated; unablated by default."""
     encoded = ask(engine, prompts).token_ids
-    groups = [()] * len(encoded) if groups is None else groups
+    groups = [()] * len(encoded) if groups is None else parse_groups(groups)
     if len(groups) != len(encoded):
         raise InputError(f"{len(groups)} groups for {len(encoded)} prompts; each prompt needs its own")
     requests = [

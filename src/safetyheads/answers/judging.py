@@ -12,7 +12,7 @@ from safetyheads.answers.decoding import Answer, Decoding, Request, Route, Stop,
 from safetyheads.answers.surprise import Surprises, answer_key
 from safetyheads.display import Shown
 from safetyheads.errors import InputError
-from safetyheads.heads import AnyHeads, Group, format_heads, parse_heads
+from safetyheads.heads import AnyHeads, Group, format_heads, parse_groups
 from safetyheads.judges.base import Completion, Judge, Label, Verdict, is_final, verdicts_of
 from safetyheads.judges.named import default_judge_name, judge_named
 from safetyheads.judges.phrase_judge import PhraseJudge
@@ -222,13 +222,14 @@ def answers_under(
     """
     prompts = ask(engine, prompts)
     n = len(prompts)
-    for groups in columns:
+    parsed = [parse_groups(groups) for groups in columns]
+    for groups in parsed:
         if len(groups) != n:
             raise InputError(f"{len(groups)} groups for {n} prompts; each prompt needs its own")
     judging = Judging(engine, prompts, judge, decoding.max_new_tokens, decoding.full_answers)
     encoded, stop = judging.asked.token_ids, judging.stop
-    asked = [(number, parse_heads(group)) for groups in columns for number, group in enumerate(groups)]
+    asked = [(number, group) for groups in parsed for number, group in enumerate(groups)]
     requests = [Request(encoded[number], group, stop=stop) for number, group in asked]
     answers = answer(engine, requests, decoding, Ablation.parse(ablation), on_rows)
     rows = judging.judged([(*place, decoded) for place, decoded in zip(asked, answers, strict=True)])
-    return [rows[at * n : (at + 1) * n] for at in range(len(columns))]
+    return [rows[at * n : (at + 1) * n] for at in range(len(parsed))]

@@ -18,8 +18,8 @@ from safetyheads.answers.decoding import GREEDY, Decoding, Sampling
 from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts
 from safetyheads.answers.judging import AnyJudge, JudgedAnswer, Judging, answers_under
 from safetyheads.display import Table, chart, rate_row
-from safetyheads.errors import InputError
-from safetyheads.heads import AnyHeads, Group, format_heads, within
+from safetyheads.errors import InputError, shorten
+from safetyheads.heads import AnyHeads, Group, format_heads, parse_groups, within
 from safetyheads.judges.base import leaves_refusal_open
 from safetyheads.model.engine import Engine, ask
 from safetyheads.prompts.asked import AnyPrompts
@@ -132,6 +132,8 @@ def query_level_attack_success_rate(
 
 def query_level_groups(scores: HeadScores, k: int) -> tuple[Group, ...]:
     """Each prompt's own k best heads, from scores [n_prompts, n_layers, n_heads]."""
+    if not isinstance(scores, HeadScores):
+        raise InputError(f"scores are what ships(...) gives; got {shorten(repr(scores))}")
     return tuple(scores.top_of_prompt(prompt, k) for prompt in range(len(scores.values)))
 
 
@@ -197,12 +199,12 @@ def scan_attack_success_rate(
 
     Rows end once every judge is final, unless ``decoding`` says otherwise; by default it is greedy, 128 new tokens.
     """
-    if isinstance(groups, str):
-        raise InputError(f"a scan takes a list of groups, such as [{groups!r}]")
     prompts = ask(engine, prompts)
-    listed = [(head,) for head in engine.heads] if groups is None else groups
+    listed = [(head,) for head in engine.heads] if groups is None else parse_groups(groups)
     chosen = [within(group, engine.n_layers, engine.n_heads) for group in listed]
-    ablation, decoding = Ablation.parse(ablation), decoding or Decoding()
+    ablation, decoding = Ablation.parse(ablation), Decoding() if decoding is None else decoding
+    if not isinstance(decoding, Decoding):
+        raise InputError(f"how answers are decoded is told by a Decoding; got {shorten(repr(decoding))}")
     n = len(prompts)
     judging = Judging(engine, prompts, judge, decoding.max_new_tokens, decoding.full_answers)
     drafts = VerifiedDrafts(engine, judging.asked.token_ids, ablation, decoding, judging.stop)

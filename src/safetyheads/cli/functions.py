@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from safetyheads.cli.show import progress_for
-from safetyheads.errors import InputError, TooFewPromptsError, as_path
+from safetyheads.errors import TooFewPromptsError, as_path, refuse_unknown
 from safetyheads.model.engine import Engine
 from safetyheads.reports.write import write_report
 from safetyheads.runs.audit import read_prompts, run_audit, why_too_few
@@ -79,12 +78,13 @@ def _finished(
     settings: dict[str, Any],
 ) -> RunReader:
     known = config_of.__dataclass_fields__
-    if unknown := settings.keys() - known.keys():
-        near = "".join(f"; did you mean {name}?" for name in get_close_matches(min(unknown), known, 1))
-        raise InputError(f"{kind} has no setting {min(unknown)!r}{near or f'; {config_of.__name__} lists them'}")
+    refuse_unknown(settings, known, f"{kind} has no setting")
+    # One text stands for a list of one, as everywhere.
+    lists = {name for name, field in known.items() if str(field.type).startswith("tuple[")}
+    settings = {key: (value,) if key in lists and isinstance(value, str) else value for key, value in settings.items()}
     name = model.name if isinstance(model, Engine) else as_path(model, "a model")
     given = config_of(name, as_path(prompts, "prompts of a run"), **settings)
-    config, folder = settled(given, None if out is None else Path(out), kind)
+    config, folder = settled(given, None if out is None else Path(as_path(out, "a run directory")), kind)
     progress, read = progress_for(quiet), read_prompts(config) if isinstance(config, AuditConfig) else read_sets(config)
     if isinstance(config, AuditConfig) and (too_few := why_too_few(config, read)):
         raise TooFewPromptsError(f"cannot say: {too_few}; anyway=True goes on")

@@ -182,7 +182,7 @@ def read_request(body: bytes) -> ChatRequest:
     try:
         fields = msgspec.json.decode(body, type=dict[str, Any])
         request = msgspec.convert(fields, ChatRequest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise InputError(first_line(error)) from error
     for name in fields.keys() - {*ChatRequest.__struct_fields__, *_HARMLESS.split()}:
         if fields[name] is not None and fields[name] not in _NOT_FOLLOWED.get(name, ()):
@@ -196,11 +196,17 @@ def plain_text(message: Mapping[str, Any]) -> dict[str, Any]:
     """The message with a content in parts joined, and a developer's as the system's."""
     content, role = message.get("content"), message.get("role")
     if isinstance(content, list):
-        texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in content]
+        # A part with more than its type and its text is a picture or the like.
+        texts: list[Any] = [
+            part.get("text")
+            if isinstance(part, dict) and {name for name in part if part[name]} <= {"type", "text"}
+            else 0
+            for part in content
+        ]
         if not all(isinstance(text, str) for text in texts):
             raise InputError("only text can be answered")
         content = "".join(texts)
-    return {"role": "system" if role == "developer" else role, "content": content}
+    return {**message, "role": "system" if role == "developer" else role, "content": content}
 
 
 def chat_app(chats: AblatedChats, config: ServeConfig, key: str | None = None) -> Starlette:

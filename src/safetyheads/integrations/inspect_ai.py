@@ -89,8 +89,10 @@ class AblatedModel(ModelAPI):  # type: ignore[misc]
         """Answer a conversation, ``num_choices`` times."""
         if unmet := [name for name in _NOT_FOLLOWED if getattr(config, name, None) not in (None, False)]:
             raise InputError(f"{unmet[0]} is not followed by safetyheads")
-        if tools:
+        if tools or any(getattr(message, "tool_calls", None) for message in input):
             raise InputError("models of safetyheads use no tools")
+        if any(part.type != "text" for message in input for part in message.content if not isinstance(part, str)):
+            raise InputError("models of safetyheads read text alone")
         answered = await self.chats.answers(
             [{"role": message.role, "content": message.text} for message in input],
             self.group,

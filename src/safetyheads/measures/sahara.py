@@ -40,8 +40,8 @@ def sahara(
         InputError: more steps than heads, or fewer than one.
     """
     heads = parse_heads(heads)
-    if not 1 <= steps <= len(heads):
-        raise InputError(f"size {steps} is out of range: a group has 1 to {len(heads)} heads here")
+    if not isinstance(steps, int) or not 1 <= steps <= len(heads):
+        raise InputError(f"size {steps!r} is out of range: a group has 1 to {len(heads)} heads here")
     group: Group = ()
     tables: list[HeadScores] = []
     for _ in range(steps):

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from safetyheads.ablation import Ablation
 from safetyheads.errors import UnsupportedModelError
@@ -81,6 +82,11 @@ def register() -> None:
     """Put the attention and the mask function into transformers' registries; may be repeated."""
     AttentionInterface.register(ATTENTION_NAME, safetyheads_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, safetyheads_mask)
+
+
+def registered() -> tuple[Any, Any]:
+    """The attention and the mask function that transformers finds under our name; None before :func:`register`."""
+    return ALL_ATTENTION_FUNCTIONS.get(ATTENTION_NAME), ALL_MASK_ATTENTION_FUNCTIONS.get(ATTENTION_NAME)
 
 
 def safetyheads_attention(

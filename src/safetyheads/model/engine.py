@@ -15,11 +15,11 @@ from torch.nn.modules import module as torch_modules
 
 from safetyheads.ablation import Ablation, AnyAblation
 from safetyheads.display import Shown
-from safetyheads.errors import InputError, SafetyheadsError, as_path, shorten
+from safetyheads.errors import InputError, SafetyheadsError, as_path, refuse_unknown, shorten
 from safetyheads.heads import AnyHeads, Group, Head, common_heads, parse_heads, within
 from safetyheads.model import planning
 from safetyheads.model.architecture import Architecture, Capabilities, describe, input_device
-from safetyheads.model.attention import AttentionCall, attention_calls, is_ablation_hook
+from safetyheads.model.attention import AttentionCall, attention_calls, is_ablation_hook, registered
 from safetyheads.model.options import LoadOptions
 from safetyheads.model.packing import TokenSequence, pack, to_device
 from safetyheads.model.planning import ModelCosts, Plan, longest_row, row_sizes
@@ -117,6 +117,7 @@ class Engine(Shown):
         from safetyheads.model.loading import load_model, use_our_attention
 
         path = as_path(path, "a model")
+        refuse_unknown(settings, LoadOptions.__dataclass_fields__, "loading has no setting")
         model, tokenizer, adapter, budget = load_model(path, replace(options or LoadOptions(), **settings))
         engine = cls(model, tokenizer, path, adapter=adapter, memory_budget=budget)
         if check:
@@ -453,9 +454,15 @@ _FACTS = (
     "is in {} mode",
     "has other forward hooks",
     "has another forward method",
+    "was compiled, or is no longer",
     "computes attention by {}",
     "has weights of {}",
     "has other adapters in force",
+)
+_OF_ALL = (
+    "autocast is on, or no longer",
+    "there are other global hooks",
+    "another attention or mask is registered under our name",
 )
 _ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters")
 # Hooks of these are part of how a model or a method works, and are taken off by who put them on.
@@ -479,7 +486,8 @@ def state_of(model: nn.Module) -> State:
             module,
             "training" if module.training else "evaluation",
             tuple(_hooks(own["_forward_pre_hooks"], own["_forward_hooks"])),
-            own.get("forward"),
+            (own.get("forward"), type(module).forward),
+            own.get("_compiled_call_impl"),
             getattr(own.get("config"), "_attn_implementation", None),
             ", ".join(sorted(dtypes)),
             tuple(str(own[name]) for name in _ADAPTERS if name in own),
@@ -487,7 +495,7 @@ def state_of(model: nn.Module) -> State:
     kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"}
     cast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds) if torch.is_autocast_enabled(kind))
     everywhere = (torch_modules._global_forward_pre_hooks, torch_modules._global_forward_hooks)
-    return {**found, "": (cast, tuple(_hooks(*everywhere)))}
+    return {**found, "": (cast, tuple(_hooks(*everywhere)), registered())}
 
 
 def change(before: State, now: State) -> str | None:
@@ -496,11 +504,9 @@ def change(before: State, now: State) -> str | None:
         if name not in now or name not in before:
             return f"{name} {'was added' if name in now else 'is gone'}"
         old, new = before[name], now[name]
-        if not name and old != new:
-            return "autocast is on" if new[0] else "autocast is off" if old[0] else "there are other global hooks"
-        for words, one, other in zip(_FACTS, old, new, strict=False):
+        for words, one, other in zip(_FACTS if name else _OF_ALL, old, new, strict=True):
             if one != other:
-                return f"{name} {words.format(other)}"
+                return f"{name} {words.format(other)}".strip()
     return None
 
 

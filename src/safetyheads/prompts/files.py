@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
-from safetyheads.errors import InputError, first_line, shorten
+from safetyheads.errors import InputError, first_line, shorten, unicode_text
 from safetyheads.files import leaves, read_toml, read_whole
 
 QUERY_COLUMNS = ("messages", "prompt", "goal", "query", "question", "instruction", "behavior", "text")
@@ -32,6 +32,8 @@ _PICTURE = re.compile(
     re.IGNORECASE,
 )
 _PICTURE_COLUMN = re.compile(r"(image|img|picture|photo|audio|video)s?([_ ]?(path|file|file_?name|url|bytes|id))?")
+_SYSTEM_COLUMN = re.compile(r"sys(tem)?([_ ]?(prompt|message|instruction)s?)?")
+_NOTHING: tuple[Any, ...] = (None, "", [], {}, False)
 _WORDS_OF_A_PATH = 4  # more are a sentence, which may end as a path does
 # What tools leave where a file should be.
 _NO_FILE = {
@@ -145,7 +147,7 @@ def read_rows(path: Path, wanted: Columns = Columns(), only: Mapping[str, Sequen
         (at, cells) for at, cells in table if all(cells.get(name) in among for name, among in (only or {}).items())
     ]
     columns = _columns(names, wanted, str(path))
-    _refuse_pictures(table, columns["query"])
+    _refuse_lost_parts(table, columns["query"])
     rows: list[Row] = []
     queries: list[str] = []
     asked: list[Mapping[str, Any]] = []
@@ -174,7 +176,7 @@ def _listed(names: Iterable[str]) -> str:
     """Names of columns in one line: a file may give them line breaks, and thousands of long ones."""
     shown = [shorten(" ".join(name.split()) or "(no name)", 60) for name in names]
     more = f" and {len(shown) - _NAMES_SHOWN} more" if len(shown) > _NAMES_SHOWN else ""
-    return ", ".join(shown[:_NAMES_SHOWN]) + more
+    return unicode_text(", ".join(shown[:_NAMES_SHOWN]) + more)
 
 
 def _columns(names: Sequence[str], wanted: Columns, path: str) -> dict[str, str]:
@@ -235,6 +237,8 @@ def last_turn(messages: Sequence[Any], where: str) -> tuple[str, Turns]:
         role, text = (message.get(name) if isinstance(message, dict) else None for name in ("role", "content"))
         if role not in ("system", "user", "assistant") or not isinstance(text, str) or (role == "system" and turns):
             raise InputError(f"{where}: a message has a role (system, at first; user; assistant) and a text as content")
+        if more := [name for name in message if name not in ("role", "content") and message[name] not in _NOTHING]:
+            raise InputError(f"{where}: only role and content of a message are read, and one has {_listed(more)} too")
         turns.append((role, text))
     if not turns or turns[-1][0] != "user":
         raise InputError(f"{where}: the last message must be the user's, which is the one that is answered")
@@ -255,18 +259,19 @@ def _text(cells: Mapping[str, Any], name: str, where: str, may_lack: str = "") -
     return text or ""
 
 
-def _refuse_pictures(table: Iterable[Cells], query: str) -> None:
-    """Refuse rows with a picture or a sound beside the query, which may end as names of such files do."""
+def _refuse_lost_parts(table: Iterable[Cells], query: str) -> None:
+    """Refuse rows with a system prompt, a picture or a sound beside the query, which may end as such files' names."""
     for where, cells in table:
         for name in (name for name in cells if name != query):
-            inner = [value for _, value in leaves(cells[name]) if value not in (None, "", [], {})]
+            inner = [value for _, value in leaves(cells[name], f"{where}: {name}") if value not in _NOTHING]
             named = (value for value in inner if isinstance(value, str) and len(value.split()) <= _WORDS_OF_A_PATH)
-            is_one = _PICTURE_COLUMN.fullmatch(name.strip().lower()) and inner
+            is_one, said = _PICTURE_COLUMN.fullmatch(name.strip().lower()) and inner, ""
             if is_one or any(_PICTURE.search(value.strip()) for value in named):
-                raise InputError(
-                    f"{where}: the column {name!r} names a picture or a sound, which would be part of the prompt; only "
-                    "text is read. Where it is no part of it, take the column out"
-                )
+                said = "names a picture or a sound, which would be part of the prompt; only text is read"
+            elif _SYSTEM_COLUMN.fullmatch(name.strip().lower()) and inner:
+                said = "holds a system prompt, which would be part of the prompt; --system or messages may give it"
+            if said:
+                raise InputError(f"{where}: the column {name!r} {said}. Where it is no part of it, take the column out")
 
 
 def _note(
@@ -276,11 +281,15 @@ def _note(
     more = {"context": "the context before them", "category": "categories", "reference": "right answers"}
     said += "".join(f", {what} {columns[part]!r}" for part, what in more.items() if part in columns)
     unread = [name for name in names if name and name not in columns.values()]
+    left = set(unread)
     if unread:
         said += f"; not read: {_listed(unread)}"
     first: dict[str, Mapping[str, Any]] = {}
     for (query, *_), row in zip(rows, cells, strict=True):
-        if differing := [name for name in unread if first.setdefault(query, row).get(name) != row.get(name)]:
+        before = first.setdefault(query, row)
+        # Only names in these rows: a file may give each row one of its own.
+        named = dict.fromkeys((*before, *row)) if before is not row else ()
+        if differing := [name for name in named if name in left and before.get(name) != row.get(name)]:
             said += (
                 f". Rows with the same prompt differ in {_listed(differing)}: if one of these belongs "
                 "to the prompt, give it by --context-column"

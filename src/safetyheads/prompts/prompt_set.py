@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from safetyheads.display import Shown, Table
-from safetyheads.errors import InputError, as_path
+from safetyheads.errors import InputError, as_path, whole_number
 from safetyheads.prompts.files import KNOWN_BENCHMARKS, Columns, Turns, download, last_turn, read_benchmark, read_rows
 from safetyheads.prompts.templates import Template
 
@@ -45,14 +45,20 @@ class Prompt(Shown):
     """Number of the near-duplicates that it belongs to in the set it was read with; None where nobody looked."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.query, str):
-            raise InputError(f"a prompt is a text; got {self.query!r}")
+        texts = [("a prompt", self.query), ("a category", self.category or ""), ("a reference", self.reference or "")]
+        try:
+            texts += [("an earlier turn", text) for _, text in self.earlier]
+        except (TypeError, ValueError):
+            raise InputError(f"earlier turns are pairs of a role and a text; got {self.earlier!r}") from None
+        for what, text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"{what} is not Unicode text: {error.reason} at {error.start}") from error
+            except AttributeError:
+                raise InputError(f"{what} is a text; got {text!r}") from None
         if not self.query.strip():
             raise InputError("a prompt is blank")
-        try:
-            self.query.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"a prompt is not Unicode text: {error.reason} at {error.start}") from error
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -79,7 +85,7 @@ class PromptSet(Table):
     def __post_init__(self) -> None:
         if not self.prompts:
             raise InputError(f"{self.name} holds no prompts")
-        if not all(isinstance(prompt, Prompt) for prompt in self.prompts):
+        if not isinstance(self.prompts, tuple | list) or not all(isinstance(each, Prompt) for each in self.prompts):
             raise InputError(f"{self.name} holds texts; PromptSet.from_queries([...]) makes prompts of them")
 
     @classmethod
@@ -134,8 +140,6 @@ class PromptSet(Table):
         path_or_known_name = as_path(path_or_known_name, "prompts")
         chosen = _as_template(template, system)
         wanted = Columns(column, context_column, category_column, reference_column)
-        if limit is not None and limit < 1:
-            raise InputError(f"the limit of prompts must be 1 or more; got {limit}")
         path, name, warning = Path(path_or_known_name), str(path_or_known_name), None
         is_known = name == "benign" or name in KNOWN_BENCHMARKS
         # os.path and not pathlib: a text that cannot be a path is a missing file, not another error.
@@ -184,8 +188,10 @@ class PromptSet(Table):
 
     def select(self, indices: Iterable[int]) -> PromptSet:
         """The prompts at these positions, in this order; an InputError for none, or one that is out of range."""
-        positions = list(indices)
-        if wrong := [position for position in positions if not 0 <= position < len(self)]:
+        if not isinstance(indices, Iterable):
+            raise InputError(f"positions are a list of numbers; got {indices!r}")
+        positions = [whole_number(position, "a prompt's position") for position in indices]
+        if wrong := [position for position in positions if position >= len(self)]:
             raise InputError(f"prompt {wrong[0]} is out of range: {self.name} has {len(self)}")
         return replace(self, prompts=tuple(self.prompts[position] for position in positions))
 
@@ -244,11 +250,11 @@ class PromptSet(Table):
         """``n`` of the prompts, in their order: from each category in proportion, where there are some; drawn by
         ``seed``. All of them where ``n`` is None or no fewer.
         """
-        if n is None or n >= len(self):
+        if n is None or whole_number(n, "the number of prompts", 1) >= len(self):
             return self
         from numpy.random import default_rng
 
-        generator, chosen, seen = default_rng(seed), list[int](), 0
+        generator, chosen, seen = default_rng(whole_number(seed, "a seed")), list[int](), 0
         strata: dict[str | None, list[int]] = {}
         for position, prompt in enumerate(self.prompts):
             strata.setdefault(prompt.category, []).append(position)
@@ -263,7 +269,7 @@ class PromptSet(Table):
 
     def without_near(self, others: PromptSet) -> tuple[int, ...]:
         """Positions of the prompts that are no near-duplicates of one of the others'."""
-        near = near_any(self._texts, others._texts)
+        near = near_any(self._texts, (others if isinstance(others, PromptSet) else self.from_queries(others))._texts)
         return tuple(position for position, is_near in enumerate(near) if not is_near)
 
     def split(self, fraction: float = 0.5, seed: int = 0) -> tuple[PromptSet, PromptSet]:
@@ -273,7 +279,7 @@ class PromptSet(Table):
         stay together, so the search sees no twin of a test prompt. Clusters of more than a tenth of the prompts go to
         the search part while it has room: in the test part each would stand for one independent prompt.
         """
-        if not 0 < fraction < 1:
+        if not isinstance(fraction, int | float) or not 0 < fraction < 1:
             raise InputError(f"the share of prompts to search on must be above 0 and below 1; got {fraction}")
         if len(set(self._texts)) < 2:
             raise InputError(f"{self.name} cannot be split: it has fewer than two distinct prompts")
@@ -283,7 +289,7 @@ class PromptSet(Table):
         clusters: dict[int | None, list[int]] = {}
         for position, prompt in enumerate(whole.prompts):
             clusters.setdefault(prompt.cluster, []).append(position)
-        generator, searched, seen, size = default_rng(seed), set[int](), 0, len(self)
+        generator, searched, seen, size = default_rng(whole_number(seed, "a seed")), set[int](), 0, len(self)
         strata: dict[str | None, list[list[int]]] = {}
         for members in sorted(clusters.values(), key=len, reverse=True):
             if len(members) > size / 10 and len(searched) + len(members) <= size * fraction:

@@ -41,6 +41,7 @@ _MARK, _THOUGHT = "safetyheads", "pondering"  # no template changes these, and n
 _TAG = r"(<[^<>\s]+>|\[[^\[\]\s]+\])"  # one mark of a think block
 _SECONDS = 2
 _CLOCK = "{{% macro strftime_now(format) %}}{}{{% endmacro %}}"  # what templates call to get today's date
+_TIMES = 8  # so that a template's choice among a few texts shows
 _DATED = "the chat template writes today's date into the prompts; the same command on another day is another run"
 _WITHOUT_CHAT = "choose --template query_answer or direct"
 _FOLD = "--fold-system (Template.folds_system) puts it at the beginning of the user's turn"
@@ -103,6 +104,9 @@ class Template(Shown):
     """An answer ends before the first of these, because a base model continues with a query of its own."""
 
     def __post_init__(self) -> None:
+        given = (self.name, self.format or "", self.system or "", self.prefill, *self.stops)
+        if wrong := [each for each in given if not isinstance(each, str)]:
+            raise InputError(f"a template is a text, and so are its system prompt, prefill and stops; got {wrong[0]!r}")
         if self.name == "chat":
             if self.format is not None:
                 raise InputError("the template chat takes its format from the tokenizer")
@@ -144,7 +148,8 @@ class Template(Shown):
         A ``system`` of None is the template's own, if it has one; an empty one removes that. An InputError tells what
         has no place in the template, and settings that exclude each other.
         """
-        form, name = (FORMS[text], text) if text in FORMS else (Form(text), "format")
+        is_named = isinstance(text, str) and text in FORMS
+        form, name = (FORMS[text], text) if is_named else (Form(text), "format")
         system = form.system if system is None else system
         # The constructor checks the value of thinking.
         return cls(name, form.format, system, folds_system, thinking, prefill, form.stops)  # type: ignore[arg-type]
@@ -176,8 +181,11 @@ class Template(Shown):
         ):
             bound = bound._replace(template=replace(self, thinking="closed"))
         # Under two clocks: a template may ask for the date and not write it under these settings.
-        written = {bound.conversation("?", chat_template=_CLOCK.format(year) + text) for year in (1999, 2000)}
-        return bound._replace(note=_DATED if len(written) > 1 else None)
+        years = (*[1999] * _TIMES, 2000)
+        written = [bound.conversation("?", chat_template=_CLOCK.format(year) + text) for year in years]
+        if len(set(written[:-1])) > 1:
+            raise InputError(f"the chat template of {bound.model} writes another text each time; {_WITHOUT_CHAT}")
+        return bound._replace(note=_DATED if written[-1] != written[0] else None)
 
     def render(self, query: str, tokenizer: Any) -> str:
         """The text of one prompt; only ``chat`` needs the tokenizer. Raises as :meth:`BoundTemplate.render`."""
@@ -285,7 +293,8 @@ class BoundTemplate(NamedTuple):
         """
         if messages[-1]["role"] == "assistant":
             before, begun = messages[:-1], str(messages[-1]["content"])
-            return (self._before_answer(before) or self.chat(before)) + begun
+            text = self.chat(before)
+            return (self._before_answer(before) or text) + begun
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
         try:
             text = self._apply(messages, add_generation_prompt=True, **self._switched)
@@ -293,12 +302,21 @@ class BoundTemplate(NamedTuple):
             what, advice = ("the prompt", "") if system is None else ("the system prompt", f"; {_FOLD}")
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"the chat template of {self.model} rejects {what}: {reason}{advice}") from error
-        # Some templates leave words out without an error; the run would then not be what its manifest says.
-        if system is not None and system.strip() not in text:
+        # Some templates leave words out without an error; the run would then not be what its manifest says. The words
+        # may stand in the template itself or in another turn, so marks in their places are looked for too.
+        marks = [f"{_MARK}{number}x" for number in range(len(messages))]
+        marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+        shown = self._attempt(marked, add_generation_prompt=True, **self._switched)
+        kept = [
+            message["content"].strip() in text and (shown is None or mark in shown)
+            for message, mark in zip(messages, marks, strict=True)
+        ]
+        if system is not None and not kept[0]:
             raise InputError(f"the chat template of {self.model} drops the system prompt; {_FOLD}")
-        if any(message["content"].strip() not in text for message in messages):
+        if not all(kept):
             folds = self.template.folds_system
-            what = "changes what --fold-system puts into the user's turn" if folds else "drops the query, or changes it"
+            what = f"drops {'the query' if all(kept[:-1]) else 'an earlier turn'}, or changes it"
+            what = "changes what --fold-system puts into the user's turn" if folds else what
             raise InputError(f"the chat template of {self.model} {what}; {_WITHOUT_CHAT}")
         if self.template.thinking != "closed" or self.known_block is None:
             return text
@@ -323,10 +341,7 @@ class BoundTemplate(NamedTuple):
 
     def _before_answer(self, messages: Sequence[Mapping[str, Any]]) -> str | None:
         """What the chat template writes before an answer; None where it writes no answers."""
-        try:
-            whole = self._apply([*messages, {"role": "assistant", "content": _MARK}], **self._switched)
-        except _template_errors():
-            return None
+        whole = self._attempt([*messages, {"role": "assistant", "content": _MARK}], **self._switched) or ""
         before, mark, _ = whole.rpartition(_MARK)
         return before if mark and messages[-1]["content"].strip() in before else None
 
@@ -360,8 +375,11 @@ class BoundTemplate(NamedTuple):
         """A query, and its answer where there is one, as the chat template writes them; None where it fails."""
         messages = self._messages(*texts)
         messages[-1] |= thoughts or {}
+        return self._attempt(messages, add_generation_prompt=len(texts) == 1, **arguments)
+
+    def _attempt(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str | None:
         try:
-            return self._apply(messages, add_generation_prompt=len(texts) == 1, **arguments)
+            return self._apply(messages, **arguments)
         except TimeoutError as error:  # it would be waited for again and again
             raise InputError(f"the chat template of {self.model} rejects the prompt: {error}") from None
         except _template_errors():
