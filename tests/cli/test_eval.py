@@ -77,6 +77,7 @@ def test_a_missing_extra_is_named(refused, monkeypatch):
     ("config", "said"),
     [
         ("dataset_path: nobody/nothing", "the data of task own are not on this machine"),
+        (f"{MULTIPLE_CHOICE}doc_to_choice: [a, b]\ndoc_to_text: [1]", "task own cannot be run: "),
         ("dataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}", "cannot be run"),
         (f"{MULTIPLE_CHOICE}doc_to_choice: '{{{{ gone.x }}}}'", "task own cannot be run: UndefinedError"),
         (

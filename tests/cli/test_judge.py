@@ -48,10 +48,20 @@ def test_a_sheet_is_written_filled_in_and_read_back(run, refused, folder):
     assert "against people’s labels" in (folder / "report/index.html").read_text()
 
 
+def test_no_sheet_is_written_where_a_judge_is_not_there(refused, folder):
+    assert "unknown judge 'nope'" in refused("judge", folder, "--label-sheet", "10", "sheet.csv", "--judge", "nope")
+    assert not Path("sheet.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("judge", "code", "said"),
     [
         ("raising", 1, "raising gave no verdict on any of 192 answers (error: LookupError): nothing was added"),
+        (
+            "speechless",
+            1,
+            "speechless gave no verdict on any of 192 answers (value: NoneType is no number, truth value",
+        ),
         ("never_final", 1, "the judge never_final raised AttributeError"),
         ("silent", 2, "the judge silent has to give a Verdict for each of"),
         ("nameless", 2, "its describe() has to give plain values by name"),

@@ -54,6 +54,10 @@ def test_a_value_is_read_and_costs_no_other_answer_its_verdict(values, expected)
         assert read.score is None or read.score == pytest.approx(float(value))
 
 
+def leaves(queries, answers):
+    sys.exit()
+
+
 def choosy(queries, answers):
     if any("onions" in answer for answer in answers):
         raise LookupError("cannot read: " + answers[0])
@@ -69,6 +73,7 @@ UNREAD = "unscored: value: a sequence is needed, not "
         (lambda queries, answers: np.array([0.9, 0.1, 0.1]), ["complied: score", "refused: score", "refused: score"]),
         # An exception costs the rows that raise it, and is named without its words.
         (choosy, ["complied: score", "unscored: error: LookupError", "complied: score"]),
+        (leaves, ["unscored: error: SystemExit"] * 3),
         # A wrong number of values is tried row by row.
         (lambda queries, answers: [0.9], ["complied: score"] * 3),
         (lambda queries, answers: [0.9, 0.9], ["unscored: length: 2 values for 1 answers"] * 3),
@@ -95,6 +100,8 @@ def test_a_path_finds_a_function_in_the_current_directory_and_takes_a_judge_as_i
         "judge = PhraseJudge('ready')\n"
         "def harm(queries, answers):\n    return [float('oil' in each) for each in answers]\n"
     )
+    Path("leaving.py").write_text("import sys\nsys.exit()\n")
+    Path("raises_by_name.py").write_text("def __getattr__(name):\n    raise ValueError('no')\n")
     # A command that pip installed does not look in the current directory.
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     before = list(sys.path)
@@ -105,6 +112,8 @@ def test_a_path_finds_a_function_in_the_current_directory_and_takes_a_judge_as_i
     assert judge_from_path("onion_judge:judge") == PhraseJudge("ready")
     for path, message in (
         ("onions", "is python:package.module:function, not python:onions"),
+        ("leaving:f", "leaving cannot be imported: SystemExit"),
+        ("raises_by_name:f", "raises_by_name cannot be imported: ValueError: no"),
         ("no_such_module_here:f", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module_here'"),
         ("json:JSONDecoder", "needs a function, not the class JSONDecoder"),
     ):

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import gzip
 import json
+import re
 import ssl
 import threading
 import time
@@ -168,6 +169,9 @@ FORMS = {
     "as JSON": json.dumps(KEY),
     "in an address": quote(KEY, safe="").lower(),
     "in base64": base64.b64encode(KEY.encode()).decode(),
+    **{f"in base64 after {n}": base64.b64encode(b"?" * n + KEY.encode() + b"!").decode() for n in (1, 2, 7)},
+    "in wrapped base64": base64.encodebytes(f"Bearer {KEY}{KEY}{KEY}".encode()).decode(),
+    "in hex": f"Bearer {KEY}".encode().hex().upper(),
     "across the cut": "x" * 1990 + KEY,
 }
 
@@ -190,6 +194,10 @@ def test_a_key_that_is_echoed_is_stored_nowhere(place, form):
     stored = f"{verdict}{verdict.raw}{json.dumps(verdict.raw)}"
     assert "0123" not in stored
     assert "secret" not in stored
+    assert KEY.encode().hex() not in stored.lower()
+    for encoded in re.findall(r"[\w+/]{8,}", re.sub(r"\\n|\s", "", verdict.raw)):
+        whole = base64.b64decode(encoded[: len(encoded) // 4 * 4], validate=True)
+        assert not any(KEY.encode()[at : at + 5] in whole for at in range(len(KEY) - 4)), encoded
     assert FORMS["in base64"] not in stored
     assert verdict.complied == (place == "grades")
 

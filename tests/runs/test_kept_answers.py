@@ -3,6 +3,7 @@
 from collections import Counter
 from types import SimpleNamespace
 
+import own_judges
 import pytest
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Head, generate, load_demo, parse_heads
@@ -85,14 +86,22 @@ def test_what_judges_failed_on_is_counted_once_however_often_it_is_read(organism
     def failing(queries, answers):
         raise LookupError
 
-    judging = Judging(organism.engine, organism.harmful[:4], [CallableJudge(failing, "mine")], 8)
+    def speechless_once(queries, answers):
+        return [None, *[True] * (len(answers) - 1)] if len(answers) > 1 else [True]
+
+    others = {"speechless": own_judges.speechless, "once": speechless_once}
+    judges = [CallableJudge(function, name) for name, function in ({"mine": failing} | others).items()]
+    judging = Judging(organism.engine, organism.harmful[:4], judges, 8)
     with RunDirectory.start(tmp_path, {}, {}) as directory:
         kept = KeptAnswers("harmful", judging, Decoding(8), directory, Progress())
         kept.vanilla()
         for _ in range(2):
             kept.under("groups", GROUPS[:1], UNDIFFERENTIATED_ATTENTION)
         counted = [sum(kept.failures.values(), Counter()), kept_module.failures_of(directory.stored_records())]
-    failed = {"mine": {"n": 8, "of": 8, "reasons": {"error: LookupError": 8}}}
+    failed = {"mine": {"n": 8, "of": 8, "reasons": {"error: LookupError": 8}, "passing": True}}
+    # One that gives no verdict at all has failed as well, one that gives some has not.
+    reasons = {"value: NoneType is no number, truth value, label or verdict": 8}
+    failed |= {"speechless": {"n": 8, "of": 8, "reasons": reasons, "passing": False}}
     assert [kept_module.failed_judges(failures) for failures in counted] == [{"failed_judges": failed}] * 2
 
 

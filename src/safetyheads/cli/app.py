@@ -47,6 +47,7 @@ from safetyheads.errors import (
     InputError,
     SafetyheadsError,
     TooFewPromptsError,
+    first_line,
 )
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
@@ -518,21 +519,20 @@ def judge(
     from safetyheads.runs.rejudge import validate as validate_judges
 
     opened = open_judged(run)
-    validate = labels.validate
+    validate, specs = labels.validate, config.judges
+    judges = judges_named(specs, config.judge_device, config.judge_tokens) if specs else ()
     if labels.label_sheet is not None:
         sheet = labels.label_sheet[1]
         n = write_sheet(run, *labels.label_sheet)
-        if not config.judges and validate is None:
+        if not specs and validate is None:
             said = {"label_sheet": str(sheet), "n": n}
             _show(said, output, lambda: show.print_lines([f"Answers to label: {n}, in {sheet}"]))
             return
-    specs = config.judges
     if not specs and validate is None:
         # The judge of words that the run's own command did not ask: the same one each time.
         with as_damaged(run):
             own = [described["name"] for described in opened.manifest.config.get("judges", ())]
-        specs = tuple(name for name in WORD_JUDGES if name not in own)[:1] or WORD_JUDGES[:1]
-    judges = judges_named(specs, config.judge_device, config.judge_tokens) if specs else ()
+        judges = judges_named([name for name in WORD_JUDGES if name not in own][:1] or WORD_JUDGES[:1])
     with as_damaged(run):
         there = [described["name"] for described in later_judges(opened.read_results())]
     progress, started = show.progress_for(output.quiet), provenance(sys.argv)
@@ -657,10 +657,8 @@ def _code_of_judges(results: show.Found, named: str = "") -> int:
     failed = results.get("failed_judges", {})
     for name, counts in failed.items():
         reasons = "; ".join(counts["reasons"])
-        again = "the same command asks again"
-        show.print_error(
-            f"{named}{name} gave no verdict on {counts['n']} of {counts['of']} answers ({reasons}); {again}"
-        )
+        again = "; the same command asks again" * counts["passing"]
+        show.print_error(f"{named}{name} gave no verdict on {counts['n']} of {counts['of']} answers ({reasons}){again}")
     return int(any(counts["n"] == counts["of"] for counts in failed.values()))
 
 
@@ -741,6 +739,9 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         if not is_out_of_memory(error):
             raise
         show.print_error(f"error: {OUT_OF_MEMORY}")
+        code = 1
+    except SystemExit as error:  # nothing here ends the process: code of the user's or of a library did
+        show.print_error(f"error: code that was run ended the command ({first_line(error)})")
         code = 1
     except KeyboardInterrupt as interrupt:
         by_signal = isinstance(interrupt, _Terminated)

@@ -47,6 +47,16 @@ _DRAWING = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 # Seconds to wait for the hub's first answer.
 _TIMEOUT = 5.0
+_TASK_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    ImportError,
+    AssertionError,
+)
 _NEEDS_TRUST = "the tasks run code: {}; to allow it, give --trust-task-code"
 
 
@@ -397,7 +407,7 @@ def _as_input_error(name: str) -> Iterator[None]:
         raise
     except ConnectionError as error:
         raise InputError(f"the data of task {name} are not on this machine ({first_line(error)})") from error
-    except (OSError, ValueError, LookupError, ImportError, AssertionError, DatasetsError, TemplateError) as error:
+    except (*_TASK_ERRORS, DatasetsError, TemplateError) as error:
         raise InputError(f"task {name} cannot be run: {type(error).__name__}: {first_line(error)}") from error
 
 

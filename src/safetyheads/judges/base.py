@@ -122,7 +122,7 @@ def verdicts_of(judge: Judge, completions: Sequence[Completion]) -> tuple[Verdic
     closed = {index: completion for index, completion in enumerate(completions) if not completion.unclosed}
     try:
         given = tuple(judge(list(closed.values())))
-    except Exception as error:  # a user's judge may raise anything
+    except (Exception, SystemExit) as error:  # a user's judge may raise anything, or end the process
         if not _is_its_own(judge, error):
             raise
         if len(closed) > 1:
@@ -151,12 +151,12 @@ def is_final(judge: Judge, text_so_far: str) -> bool:
     """Whether the judge's verdict stays for every continuation."""
     try:
         return judge.final(text_so_far)
-    except Exception as error:  # a user's judge may raise anything, also in words that quote an answer
+    except (Exception, SystemExit) as error:  # a user's judge may raise anything, also in words that quote an answer
         if not _is_its_own(judge, error):
             raise
         raise SafetyheadsError(f"the judge {judge.name} raised {type(error).__name__}") from error
 
 
-def _is_its_own(judge: Judge, error: Exception) -> bool:
+def _is_its_own(judge: Judge, error: BaseException) -> bool:
     """Whether an error is of a judge of the user's, and not one that this package raises."""
     return not isinstance(error, SafetyheadsError) and not type(judge).__module__.startswith("safetyheads.")

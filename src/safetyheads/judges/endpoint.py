@@ -261,9 +261,13 @@ class EndpointJudge(Judge):
         )
 
     def _without_key(self, text: str) -> str:
-        """The text without the key: as it is, as an address or base64 writes it, and with any escapes of JSON."""
-        forms = (self.key, quote(self.key, safe=""), quote(self.key), base64.b64encode(self.key.encode()).decode())
-        anyhow = "|".join(r"\\*".join(map(re.escape, form)) for form in forms)
+        """The text without the key: as it is, as addresses, hex or base64 write it, and with any escapes of JSON."""
+        key = self.key.encode()
+        forms = [self.key, quote(self.key, safe=""), quote(self.key), key.hex()]
+        for n in range(3):  # bytes before it: letters of base64 that hold bits of the key alone
+            whole = base64.b64encode(b"\0" * n + key).decode()[-(-8 * n // 6) : 8 * (n + len(key)) // 6]
+            forms += [whole, whole.translate(str.maketrans("+/", "-_"))]
+        anyhow = "|".join(r"(?:\\[nr]|[\\\s])*".join(map(re.escape, form)) for form in forms if form)
         return re.sub(anyhow, "[key]", text, flags=re.IGNORECASE)
 
     async def _ask(self, client: openai.AsyncOpenAI, message: str) -> Verdict:

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ class CallableJudge(Judge):
                 if len(values) == len(completions):
                     return tuple(self._verdict(value) for value in values)
                 fault = f"length: {len(values)} values for {len(completions)} answers"
-        except Exception as error:  # noqa: BLE001 - a user's function may raise anything, and answers must not be lost.
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's function may raise anything
             fault = f"error: {type(error).__name__}"
         if len(completions) == 1:
             return (Verdict("unscored", fault, passing=fault.startswith("error")),)
@@ -122,18 +121,18 @@ def judge_from_path(path: str) -> Judge:
     sys.path += added
     try:
         _announce(path, module_name)
-        module = importlib.import_module(module_name)
+        target: Any = importlib.import_module(module_name)
+        for name in attribute.split("."):
+            if not hasattr(target, name):
+                raise InputError(f"judge python:{path}: {module_name} has no {attribute}")
+            target = getattr(target, name)
     except InputError:
         raise
-    except Exception as error:  # a user's module may raise anything while it runs
+    except (Exception, SystemExit) as error:  # a user's module may raise anything while it runs, or end the process
         reason = f"{module_name} cannot be imported: {type(error).__name__}: {first_line(error)}"
         raise InputError(f"judge python:{path}: {reason}") from error
     finally:
         sys.path[:] = [entry for entry in sys.path if entry not in added]
-    try:
-        target = attrgetter(attribute)(module)
-    except AttributeError:
-        raise InputError(f"judge python:{path}: {module_name} has no {attribute}") from None
     if is_judge := isinstance(target, Judge) and not isinstance(target, type):
         _refuse_undescribed(path, target)
     judge = target if is_judge else CallableJudge(target, f"python:{path}")
@@ -165,7 +164,7 @@ def _refuse_undescribed(path: str, judge: Judge) -> None:
         is_described = (
             bool(judge.name.strip()) and parse_json(canonical_json(judge.describe()), "")["name"] == judge.name
         )
-    except Exception:  # noqa: BLE001 - a user's judge may raise anything
+    except (Exception, SystemExit):  # noqa: BLE001 - a user's judge may raise anything
         is_described = False
     if not is_described:
         raise InputError(
@@ -176,7 +175,7 @@ def _refuse_undescribed(path: str, judge: Judge) -> None:
 def _takes_queries_and_answers(function: Callable[..., Any]) -> bool:
     try:
         inspect.signature(function).bind((), ())
-    except (TypeError, ValueError):
+    except Exception:  # noqa: BLE001 - it may have a signature of the user's own
         return False
     return True
 

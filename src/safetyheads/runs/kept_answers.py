@@ -53,7 +53,6 @@ _LEAST_DRAFTED = 8
 # What answers and records have alike; and what a record has only where it is told.
 _AS_IT_IS = ("finished", "complete", "route", "changed", "behaviour", "answered")
 _WHERE_TOLD = ("surprise", "thinks", "thought", "unclosed")
-_OF_VERDICT = tuple(Verdict.__dataclass_fields__)
 
 
 def has_failed(record: Record) -> bool:
@@ -61,25 +60,33 @@ def has_failed(record: Record) -> bool:
     return any(verdict.get("passing") for verdict in record.get("verdicts", {}).values())
 
 
-Failures: TypeAlias = Counter[tuple[str, str]]
-"""Answers by judge and the passing reason why it gave no verdict; an empty one counts all others."""
+Failures: TypeAlias = Counter[tuple[str, str, bool]]
+"""Answers by judge, the reason why it gave no verdict (empty where it gave one), and whether that reason passes."""
 
 
 def failures_of(records: Iterable[Record]) -> Failures:
-    """What judges failed on for passing reasons, of records with verdicts."""
+    """What judges gave no verdict on, of records with verdicts."""
     verdicts = (given for record in records for given in record.get("verdicts", {}).items())
-    return Counter((name, verdict["reason"] if verdict.get("passing") else "") for name, verdict in verdicts)
+    return Counter(
+        (
+            name,
+            (verdict["reason"] or "no reason") if verdict["label"] == "unscored" else "",
+            bool(verdict.get("passing")),
+        )
+        for name, verdict in verdicts
+    )
 
 
 def failed_judges(failures: Failures) -> dict[str, Any]:
-    """The same as results hold it; empty where judges failed on nothing."""
+    """Judges that failed for passing reasons, and those that gave no verdict at all, as results hold it."""
     failed: dict[str, Any] = {}
-    for (name, reason), count in sorted(failures.items()):
-        if reason:
-            of = sum(count for (judge, _), count in failures.items() if judge == name)
-            entry = failed.setdefault(name, {"n": 0, "of": of, "reasons": {}})
-            entry["n"] += count
-            entry["reasons"][reason] = count
+    for name in sorted({name for name, _, _ in failures}):
+        counts = {key[1:]: count for key, count in sorted(failures.items()) if key[0] == name}
+        gave_some, of = any(not reason for reason, _ in counts), sum(counts.values())
+        reasons = {reason: n for (reason, passes), n in counts.items() if reason and (passes or not gave_some)}
+        if reasons:
+            passing = any(passes for _, passes in counts)
+            failed[name] = {"n": sum(reasons.values()), "of": of, "reasons": reasons, "passing": passing}
     return {"failed_judges": failed} if failed else {}
 
 
@@ -107,8 +114,7 @@ def record_of(judged: JudgedAnswer, place: Mapping[str, Any], stores_completions
     """
     verdicts = {}
     for name, verdict in judged.verdicts.items():
-        # Not asdict, which copies what it finds: there are some ten thousand verdicts in a run.
-        given = {field: value for field in _OF_VERDICT if (value := getattr(verdict, field)) not in (None, "")}
+        given = {field: value for field, value in asdict(verdict).items() if value not in (None, "")}
         if not verdict.passing:
             del given["passing"]
         # A judge's own words may repeat the answer, so they are stored only with it.
@@ -517,11 +523,6 @@ class KeptAnswers:
             for (number, _, _), judged in zip(placed, self.judging.judged(placed, surprises), strict=True)
         ]
 
-    @cached_property
-    def _described(self) -> list[dict[str, Any]]:
-        """The judges and, last, the rules of words: hundreds of phrases, and every file's key has them."""
-        return [judge.describe() for judge in (*self.judging.judges, self.judging.rules)]
-
     def _fields(self, ablation: Ablation | None, part: Sequence[int] | None = None) -> dict[str, Any]:
         """All that the answers depend on, groups and judges aside; of unablated ones, the prompts of their part."""
         # Judges matter only if they decide where an answer may end.
@@ -532,7 +533,7 @@ class KeptAnswers:
             "tokens": self.asked.sha256,
             "ablation": None if ablation is None else asdict(ablation),
             "decoding": asdict(self.decoding),
-            "stops": self._described if early else [],
+            "stops": [judge.describe() for judge in (*self.judging.judges, self.judging.rules)] if early else [],
         }
 
     def _words_fields(self, part: Sequence[int]) -> dict[str, Any]:
@@ -541,7 +542,7 @@ class KeptAnswers:
     def _judged_fields(self, ablation: Ablation | None, part: Sequence[int] | None = None) -> dict[str, Any]:
         """All that judged answers depend on, groups aside."""
         return self._fields(ablation, part) | {
-            "judges": self._described[:-1],
-            "rules": self._described[-1],
+            "judges": [judge.describe() for judge in self.judging.judges],
+            "rules": self.judging.rules.describe(),
             "surprise": self.measures_surprise,
         }

@@ -72,9 +72,9 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
         verdicts = _whole_rates(records, _verdicts(run, judge, keys, results, progress))
         seconds = time.monotonic() - begun
         asked = [verdict for verdict in verdicts if verdict.reason != CUT]
-        if asked and all(verdict.passing for verdict in asked):
+        if asked and not any(verdict.scored for verdict in asked):
             reasons = "; ".join(sorted({verdict.reason for verdict in asked}))
-            again = "nothing was added; the same command asks again"
+            again = "nothing was added" + "; the same command asks again" * any(verdict.passing for verdict in asked)
             raise SafetyheadsError(f"{judge.name} gave no verdict on any of {len(asked)} answers ({reasons}): {again}")
         told, shared = cache(asdict), dict[tuple[Any, ...], Any]()
         stored = [

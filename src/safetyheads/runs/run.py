@@ -451,7 +451,7 @@ class Run(Generic[Config]):
         }
 
     def failed_judges(self) -> dict[str, Any]:
-        """What judges failed on for passing reasons, as results hold it; empty where they failed on nothing."""
+        """What judges failed on, as results hold it; empty where they failed on nothing."""
         by_file = {
             place: failures for answers in self._answers.values() for place, failures in answers.failures.items()
         }
