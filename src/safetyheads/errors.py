@@ -9,7 +9,6 @@ from difflib import get_close_matches
 from numbers import Integral
 
 OVERFLOWS = "{} is not finite: the ablated model's states overflow its dtype"
-OUT_OF_MEMORY = "out of memory; what was computed is kept. A smaller --dtype or --limit may help"
 
 
 class SafetyheadsError(Exception):

@@ -41,7 +41,6 @@ from safetyheads.cli.options import (
 )
 from safetyheads.cli.terminal import escaped_streams
 from safetyheads.errors import (
-    OUT_OF_MEMORY,
     ElsewhereError,
     IncompleteError,
     InputError,
@@ -734,7 +733,7 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         show.print_error(f"error: {error.filename or 'the output'} cannot be written: {error.strerror or error}")
         code = 2 if error.errno in MENDABLE_ERRORS else 1
     except (RuntimeError, MemoryError) as error:
-        from safetyheads.model.planning import is_out_of_memory
+        from safetyheads.model.planning import OUT_OF_MEMORY, is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

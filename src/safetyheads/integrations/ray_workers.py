@@ -49,7 +49,7 @@ class Claims:
         self._holders: dict[str, str] = {}
         self._failures: dict[str, list[str]] = {}
         self._lines: dict[str, bool] = {}
-        self._began = set[str]()
+        self._began: dict[str, bool] = {}
 
     def expect(self, units: Mapping[str, bool]) -> None:
         """Add units, and whether they are done, for those who watch."""
@@ -66,11 +66,15 @@ class Claims:
         is_given = unit not in given_up and is_old and self._holders.get(unit, worker) == worker
         if is_given:
             self._holders[unit] = worker
-            self._began.add(worker)
+            self._began[worker] = True
         return is_given, list(self._holders), list(given_up)
 
-    def began(self) -> set[str]:
-        """Every worker that was given a unit."""
+    def begin(self, worker: str) -> None:
+        """Note that a worker has its engine."""
+        self._began.setdefault(worker, False)
+
+    def began(self) -> dict[str, bool]:
+        """Every worker that has its engine, and whether it was ever given a unit."""
         return self._began
 
     def done(self, unit: str) -> None:
@@ -257,6 +261,7 @@ class Worker(Progress):
 
         progress = self if number == 0 else Progress()
         self._engine = self._engine or self._load(config, progress)
+        self._tell("begin", name)
         shard = ClaimingShard(name, out, lambda *call: ray.get(self._tell(*call)), self._tell)
         shard.begins_with = spread(number)
         shard.jury = self._juries[number % len(self._juries)] if self._juries else None
@@ -423,8 +428,8 @@ class _Driver:
         except self._ray.exceptions.RayActorError as error:
             reason, actor = shorten(one_line(error), 200), None
             self._ray.get(self._claims.fail.remote(name, reason))
-            has_begun = name in self._ray.get(self._claims.began.remote())
-            self._losses[number] = 0 if has_begun else self._losses[number] + 1
+            had_unit = self._ray.get(self._claims.began.remote()).get(name)
+            self._losses[number] = 0 if had_unit else self._losses[number] + 1
             if self._losses[number] >= MOST_FAILURES:  # its machine may lack something that others have
                 lost = f"workers are lost before they compute anything: {reason}"
                 if not self._running:

@@ -130,6 +130,9 @@ _OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough
 """How torch says so of the CPU, on Linux and on others, and of CUDA's libraries."""
 
 
+OUT_OF_MEMORY = "out of memory; what was computed is kept. A smaller --dtype or --limit may help"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device, or the CPU's allocator, had no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

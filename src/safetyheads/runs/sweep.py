@@ -12,12 +12,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from safetyheads.errors import OUT_OF_MEMORY, ElsewhereError, InputError, SafetyheadsError, TooFewPromptsError
+from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError, TooFewPromptsError
 from safetyheads.files import read_toml
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import read_config
 from safetyheads.model.names import find_model
-from safetyheads.model.planning import is_out_of_memory
+from safetyheads.model.planning import OUT_OF_MEMORY, is_out_of_memory
 from safetyheads.runs.audit import read_prompts, run_audit, why_too_few
 from safetyheads.runs.compare import compare_runs, exit_code, quantities
 from safetyheads.runs.config import AuditConfig, Progress, preset_settings
@@ -115,7 +115,7 @@ def carry_out_sweep(
                     gc.collect()  # freed before the next one is read
                     engine, loaded = load(config), (config.model, config.load_options)
                 found[place] = run_audit(engine, config, place, prompts[place], progress, **here, **how)
-            except (SafetyheadsError, RuntimeError, MemoryError) as error:
+            except (SafetyheadsError, RuntimeError, MemoryError, OSError) as error:
                 if not isinstance(error, SafetyheadsError) and not is_out_of_memory(error):
                     raise
                 reason = error if isinstance(error, SafetyheadsError) else SafetyheadsError(OUT_OF_MEMORY)
