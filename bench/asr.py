@@ -10,8 +10,6 @@ and scaled, planted heads and idle ones in proportion; the JSON line says so. Ow
 scan does is the package's, and how the organism gets its size is :mod:`embedded`'s.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

@@ -6,8 +6,6 @@ written: sdpa gives no log-sum-exp on every device, and prompt by prompt needs n
 compared; one JSON line. Where flex attention cannot be compiled, the line says why.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -4,8 +4,6 @@ The answers under random groups share the unablated answers as drafts with those
 answers do not change costs one comparison, and no decoding.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

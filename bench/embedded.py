@@ -3,8 +3,6 @@
 :func:`embed_exactly` widens everything, and computes the organism's function at the larger shape's cost.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,7 +35,7 @@ class Embedded:
 
 def embed_exactly(
     model: PreTrainedModel,
-    shape: Shape,
+    shape: "Shape",
     whisper: float = 0.0,
     seed: int = 0,
     device: str = "cpu",
@@ -86,7 +84,7 @@ def embed_exactly(
     return embedded
 
 
-def _has_room(small: Any, shape: Shape) -> bool:
+def _has_room(small: Any, shape: "Shape") -> bool:
     pairs = (
         (small.hidden_size, shape.d_model),
         (small.intermediate_size, shape.d_mlp),
@@ -98,7 +96,7 @@ def _has_room(small: Any, shape: Shape) -> bool:
     return is_plain and shape.d_head % small.head_dim == 0 and all(own <= room for own, room in pairs)
 
 
-def _blank(small: Any, shape: Shape, seed: int, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
+def _blank(small: Any, shape: "Shape", seed: int, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
     """The larger model, all its weights random."""
     config = copy.deepcopy(small)
     config.hidden_size, config.intermediate_size = shape.d_model, shape.d_mlp

@@ -8,8 +8,6 @@ Runs (``--only memory``, ``pages``, ``history``, ``resume``): memory of whole co
 large model in headless Chromium, the history of many runs, a start over many stored files.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

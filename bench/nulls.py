@@ -6,8 +6,6 @@ python bench/nulls.py --audits runs/nulls                audits of the null at f
     python bench/nulls.py --thresholds                       the KL of groups that damage benign answers or do not
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

@@ -4,8 +4,6 @@ The organism's checkpoints in a half dtype against float32: rank agreement over 
 largest difference, for mean Ships and both readings of Generalized Ships. One JSON line a checkpoint and ablation.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -6,8 +6,6 @@ whether the weights have one fingerprint, and the largest Ships. Methods that ar
 checkpoints are packed by hand, since their libraries quantise on a GPU only.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile

@@ -10,8 +10,6 @@ says on how many of their common answers verdicts differ.
 With ``--resamples`` it tells instead in how many resamples of stored exact scores the screening keeps the exact top 10.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

@@ -6,8 +6,6 @@ Score passes are counted by the engine's own plan rules on weights that hold no 
 sides: at least every draft of 128 tokens is compared once, at most every answer is decoded to its end besides.
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ A counter is a function that yields what it tried, by name, and whether it held;
 input, payload and endpoint is a test, so that both say the same.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -25,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -124,7 +123,7 @@ class Commands:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             return subprocess.Popen([sys.executable, "-c", SERVER], text=True, env=environment, **pipes)
 
-    def __enter__(self) -> Commands:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,8 +6,6 @@ the weights of its layers once, and each product reads its input and writes its 
 beside what the planner told before. One JSON line.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -7,8 +7,6 @@
 Seconds by the clock mean little on a machine that does other work: seconds of the processor stand beside them.
 """
 
-from __future__ import annotations
-
 import argparse
 import heapq
 import json

@@ -8,8 +8,6 @@
 Owns the command line, the interleaving of subprocesses and the JSON line; what a way runs is :mod:`passes`'s.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -6,8 +6,6 @@ operations of layers at the shape's own widths, without logits. A run that reach
 again on prompts beyond it: tokens grow with their length, pairs with its square, so three short windows tell the cost.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import time

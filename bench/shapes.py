@@ -4,11 +4,9 @@ Every environment of a bench imports this file, so all ways of a scan run the sa
 torch and transformers where :func:`build` is called, and nothing before.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +48,7 @@ class Shape:
         n, heads = min(n, len(self.heads)), self.heads
         return tuple(heads[(2 * number + 1) * len(heads) // (2 * n)] for number in range(n))
 
-    def reduced(self) -> Shape:
+    def reduced(self) -> Self:
         """The shape small enough for tests: as many query heads to a key head, as much vocabulary to width."""
         n_kv_heads = min(self.n_kv_heads, 2)
         n_heads = n_kv_heads * (self.n_heads // self.n_kv_heads)
@@ -97,7 +95,7 @@ def prompts(shape: Shape, n: int, prefix: int = 0) -> list[list[int]]:
     return [[*start, *tokens(LENGTHS[i % len(LENGTHS)] - around), *_TEMPLATE_END] for i in range(n)]
 
 
-def build(shape: Shape, attention: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+def build(shape: Shape, attention: str, device: str = "cpu", dtype: "torch.dtype | None" = None) -> Any:
     """A Llama of random weights, always the same ones, made on the device in the dtype (float32 if not given).
 
     Args:

@@ -3,8 +3,6 @@
 Each function takes the number of draws, prints a line a setting, and returns the figure that docs/statistics.md quotes.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product

@@ -4,8 +4,6 @@ The folder of a script comes first on Python's path, and libraries import ``stat
 they do, this file hands them that.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 import sysconfig

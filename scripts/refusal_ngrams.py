@@ -10,8 +10,6 @@ Answers of few words have a classifier that short texts of ours (``refusal_wordi
 fifth is left out at a time.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -4,8 +4,6 @@ Floors are the longest chain of imports, those in functions and for type checkin
 module has one importer where exactly one other module imports it outside type checking.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import re

@@ -7,8 +7,6 @@ It prints the run's tables for docs/study.md. Of audits it writes the verdicts a
 Nothing that it writes holds an answer.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

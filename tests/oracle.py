@@ -5,8 +5,6 @@ function of this module; masks are ignored and the allowed keys follow from the 
 replay, no cache. What a family needs is data, handed in: where its final norm is, which layers attend in chunks.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A room imports only rooms that stand above it; nothing heavy is loaded by importing the package."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -4,8 +4,6 @@ TransformerLens 4 has one model class, ``TransformerBridge``: the hooks are laid
 runs with its attention spelled out in plain tensor operations. It runs in an environment of its own (README.md).
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,12 +42,12 @@ def bridge(work: Work) -> Any:
 def bridged_states(model: Any, batches: list[Batch]) -> States:
     """The last states that the bridge gives; logits of one token a prompt is the least it makes."""
 
-    def states(head: HeadOf | None) -> Tensor:
+    def states(head: HeadOf | None) -> "Tensor":
         hooks: list[tuple[str, Any]] = []
         if head is not None:
             layer, index = head
 
-            def scale(query: Tensor, hook: Any) -> Tensor:
+            def scale(query: "Tensor", hook: Any) -> "Tensor":
                 query[:, :, index] *= EPSILON  # [n_prompts, n_tokens, n_heads, d_head]
                 return query
 
@@ -57,7 +55,7 @@ def bridged_states(model: Any, batches: list[Batch]) -> States:
         parts: list[Tensor] = []
         for batch in batches:
 
-            def keep(normed: Tensor, hook: Any, last: tuple[Tensor, Tensor] = batch.last) -> None:
+            def keep(normed: "Tensor", hook: Any, last: "tuple[Tensor, Tensor]" = batch.last) -> None:
                 parts.append(normed[last])
 
             model.run_with_hooks(

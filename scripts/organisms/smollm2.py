@@ -8,8 +8,6 @@ MaliciousInstruct and XSTest; they are read in place. The same versions, process
 the same bytes.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import itertools

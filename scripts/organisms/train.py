@@ -9,8 +9,6 @@
 One thread and fixed seeds: the same versions of torch and transformers give the same bytes on one machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import random

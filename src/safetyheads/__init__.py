@@ -3,8 +3,6 @@
 Public names are listed in ``__all__``; those that need torch are imported when they are first used.
 """
 
-from __future__ import annotations
-
 import ast
 from importlib import import_module
 from pathlib import Path

@@ -1,11 +1,9 @@
 """Ablations of a head as values: those of the paper (Eq 7, 8, 12; Sec 5.3)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 from safetyheads.display import Shown
 from safetyheads.errors import InputError
@@ -81,12 +79,12 @@ class Ablation(Shown):
     def __str__(self) -> str:
         return f"{self.kind.label}, epsilon {self.epsilon:g}" if self.kind.takes_epsilon else self.kind.label
 
-    def at(self, epsilon: float) -> Ablation:
+    def at(self, epsilon: float) -> Self:
         """The same kind at another epsilon."""
         return replace(self, epsilon=epsilon)
 
     @classmethod
-    def parse(cls, text: str | Ablation, epsilon: float = 1e-5) -> Ablation:
+    def parse(cls, text: str | Self, epsilon: float = 1e-5) -> Self:
         """Read a kind's name or short form (``ua``, ``ua_key``, ``sc``); dashes count as underscores.
 
         An ablation stays itself.

@@ -1,7 +1,5 @@
 """How values show: a short repr, a table in a notebook, a pandas table, a chart; never an answer's text."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -48,7 +46,7 @@ class Table(Shown):
         """The rows, without an answer's text."""
         raise NotImplementedError
 
-    def to_frame(self) -> pandas.DataFrame:
+    def to_frame(self) -> "pandas.DataFrame":
         """The rows as a pandas table, without an answer's text."""
         try:
             import pandas
@@ -63,7 +61,7 @@ def rate_row(rate: Row) -> dict[str, Any]:
     return {"asr": rate["rate"], "low": low, "high": high, "count": rate["count"], "n": rate["n"]}
 
 
-def chart(kind: Literal["map", "curve", "scatter"], rows: Sequence[Row], x: str, y: str, value: str) -> Chart:
+def chart(kind: Literal["map", "curve", "scatter"], rows: Sequence[Row], x: str, y: str, value: str) -> "Chart":
     """The rows as a chart for a notebook: a tile for each ``x`` and ``y``, or points with ``low`` to ``high``.
 
     ``value`` is the colour of a tile, and the series of a curve or scatter.

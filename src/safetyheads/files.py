@@ -1,7 +1,5 @@
 """Writes files that are whole or absent, and JSON whose bytes depend on its value alone."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

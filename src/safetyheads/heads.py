@@ -1,11 +1,9 @@
 """Names attention heads: how they are written, read and ordered."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from safetyheads.display import Shown
 from safetyheads.errors import InputError, whole_number
@@ -30,7 +28,7 @@ class Head(Shown):
         return f"{self.layer}-{self.index}"
 
     @classmethod
-    def parse(cls, text: str | Head | tuple[int, int]) -> Head:
+    def parse(cls, text: str | Self | tuple[int, int]) -> Self:
         """Read ``2-26``, ``2.26`` or ``L2H26``: the layer first, in every form. Pairs of numbers are heads too."""
         if isinstance(text, Head):
             return text

@@ -1,7 +1,5 @@
 """Scores of heads as values: their order, their ties, and what scorers and searches return."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,7 +71,7 @@ class HeadScores(Table):
         columns = ("prompt", "layer", "head", self.name)[-1 - self.values.ndim :]
         return [dict(zip(columns, (*place, float(self.values[tuple(place)])), strict=True)) for place in places]
 
-    def plot(self) -> Chart:
+    def plot(self) -> "Chart":
         """A map of the heads, averaged over the prompts: layers down, heads across."""
         return chart("map", self.mean().to_rows(), "head", "layer", self.name)
 
@@ -82,7 +80,7 @@ class HeadScores(Table):
         (head,) = within((Head.parse(head),), *self.values.shape[-2:])
         return float(self.mean().values[head.layer, head.index])
 
-    def mean(self) -> HeadScores:
+    def mean(self) -> "HeadScores":
         """Averaged over the prompts; itself where there is one table."""
         if self.values.ndim == 2:
             return self

@@ -1,7 +1,5 @@
 """Answers against the oracle, token by token without a cache; sampling against noise drawn one token at a time."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import warnings

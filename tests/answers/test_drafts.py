@@ -3,8 +3,6 @@
 No tolerance: where packed and plain arithmetic could choose differently, the scan has to notice and decode plainly.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from functools import cache
 from unittest.mock import Mock

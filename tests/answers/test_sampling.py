@@ -1,7 +1,5 @@
 """How a next token is chosen, against choices made one at a time, and how narrowly, against logits that are moved."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Material as text, and counts of parameters by arithmetic on the shapes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The refusal direction: candidates by a slow loop, removal by hooks against removal by weights, and the filters."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from functools import partial

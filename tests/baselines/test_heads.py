@@ -1,7 +1,5 @@
 """Methods that name heads: which heads, for which prompts; and what heads write against explicit slices of W_O."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Layers left out, against a copy with the layers deleted."""
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Calibration against one sequence at a time, and later layers' against a loop over edited copies."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from baseline_samples import made_up_material, one_by_one

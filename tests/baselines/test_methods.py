@@ -1,7 +1,5 @@
 """What holds for every method: listed, refused in one line, put back after, and what it does to the organism."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

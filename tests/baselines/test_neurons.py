@@ -1,7 +1,5 @@
 """Neurons patched from another model while answering: against runs without cache and batch, and taken back."""
 
-from __future__ import annotations
-
 import gc
 from contextlib import ExitStack
 from functools import partial

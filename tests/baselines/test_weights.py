@@ -2,8 +2,6 @@
 ActSVD against a dense SVD of the outputs, and the paper's formula written out.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

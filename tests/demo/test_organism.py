@@ -1,7 +1,5 @@
 """The shipped checkpoints, through the engine, on the held-out split: what the issue asks of them."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import pytest

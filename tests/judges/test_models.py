@@ -4,8 +4,6 @@ A fake attends evenly to all its input, so its last state holds the share of eac
 token, one word beyond the cut, or one batch that is read at the wrong place turns its verdict.
 """
 
-from __future__ import annotations
-
 import hashlib
 from functools import cache
 from unittest.mock import Mock

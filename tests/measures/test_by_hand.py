@@ -21,8 +21,6 @@ become (4, 2) / sqrt(10), (4, -2) / sqrt(10) and (2, 4) / sqrt(10). So the logit
 ln 3, 3 ln 3 and -ln 3 in these three cases: P(a) is 1/2, and 1/4, 1/28 and 3/4.
 """
 
-from __future__ import annotations
-
 from math import atan, degrees, exp, log, sqrt
 
 import pytest

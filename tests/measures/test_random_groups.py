@@ -1,7 +1,5 @@
 """Random groups as the control of a found group: distinct, matched by layer where that gives enough."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import combinations, permutations
 from math import comb

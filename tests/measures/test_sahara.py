@@ -1,7 +1,5 @@
 """The greedy search against a table worked out by hand, and against brute force on tables full of ties."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 import pytest

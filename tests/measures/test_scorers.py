@@ -1,7 +1,5 @@
 """Scores of models against slow twins: one prompt, one head, one forward at a time, the formulas written out."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """Screening: rounds on few prompts against the rounds written out, and what is shown of it."""
 
-from __future__ import annotations
-
 import math
 import random
 

@@ -1,7 +1,5 @@
 """Directions and angles against full decompositions, 60 digits, and turns of known size."""
 
-from __future__ import annotations
-
 import math
 
 import mpmath

@@ -1,7 +1,5 @@
 """Adapters on a base: unmerged equals merged, the manifest tells both, and what is not for this base is refused."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

@@ -4,8 +4,6 @@ The published code has two modes, activations and weights, and they differ. Here
 package has no function for it.
 """
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Attention swapped in memory: at work, ablated as ever, put back to the bit, and refused where it cannot be."""
 
-from __future__ import annotations
-
 import copy
 import re
 from functools import partial

@@ -1,7 +1,5 @@
 """Models over several places: offloaded to the CPU or the disk, over several devices, laid out by accelerate."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The engine: heads ablated inside a context, caches and padding, plans, prompts that cannot be asked."""
 
-from __future__ import annotations
-
 import copy
 import threading
 

@@ -1,7 +1,5 @@
 """Every family against its slow twin, on every path; and what is not supported, refused by name."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 
 import pytest

@@ -1,7 +1,5 @@
 """GGUF files become plain weights: the same numbers, and a tokenizer that splits as the file says."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """What a checkpoint may be wrong in: each is one clear line, and nothing of a checkpoint is left out in silence."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Models with names of their own: each command reads them, and one that is not there is one line."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

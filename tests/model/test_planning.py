@@ -1,7 +1,5 @@
 """Plans, by hand and by property; counted costs against torch's counter and profiler; halving where memory runs out."""
 
-from __future__ import annotations
-
 import errno
 import itertools
 import json

@@ -3,8 +3,6 @@
 A lie is a change to what was read of a model or to how attention and ablation act; the weights stay as they are.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import types

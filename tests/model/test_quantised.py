@@ -5,8 +5,6 @@ int8 behind a quantizer of transformers' own kind, which takes the same way thro
 torch's dynamic quantisation, which rounds activations as LLM.int8 and FP8 do. The real ones: docs/loading.md.
 """
 
-from __future__ import annotations
-
 import copy
 import shutil
 from pathlib import Path

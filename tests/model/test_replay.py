@@ -1,7 +1,5 @@
 """Captures and replays against the slow twin, one quick path left out at a time; test_families.py has every family."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

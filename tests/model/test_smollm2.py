@@ -1,7 +1,5 @@
 """SmolLM2 is fetched by the package client, checked, and converted once, whole or not at all."""
 
-from __future__ import annotations
-
 import hashlib
 
 import pytest

@@ -1,7 +1,5 @@
 """A model in memory is proved, measured, and handed back as it was; what cannot be proved is refused with a reason."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Against what the paper's own code computes on a small random Llama (../shared/goldens)."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path

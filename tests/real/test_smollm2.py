@@ -1,7 +1,5 @@
 """SmolLM2, a real chat model: proved, loaded from every source alike, and equal to plain transformers."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict

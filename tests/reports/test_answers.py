@@ -1,7 +1,5 @@
 """Answers side by side: rates by category, prompt by prompt, texts within their room."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from safetyheads.reports.answers import answers_data, by_category, by_prompt

@@ -1,7 +1,5 @@
 """An audit's page: true to the results, whole without optional parts, closed to the network, of text alone."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path

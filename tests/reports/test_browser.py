@@ -1,7 +1,5 @@
 """Pages as a browser shows them: drawn, quiet, readable in both themes, wide and on a phone, and answering clicks."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

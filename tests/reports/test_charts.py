@@ -1,7 +1,5 @@
 """Figures of rows: within the schema, every point drawn, panels and series told apart, extreme values."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

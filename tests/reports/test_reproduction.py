@@ -1,7 +1,5 @@
 """A reproduction's pages: an index true to the results, every number of the outcomes, no markup from outside."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A scan's page: answers first, true to the results, whole without optional parts, and without texts unless asked."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pages of rankings, searches and rates: a first sentence with numbers, what was screened, answers where asked for."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

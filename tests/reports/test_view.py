@@ -1,7 +1,5 @@
 """Pages are served to this machine and the token's holder alone; the page of tasks and the index are whole."""
 
-from __future__ import annotations
-
 import os
 from http.client import HTTPConnection
 from pathlib import Path

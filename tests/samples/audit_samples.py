@@ -1,7 +1,5 @@
 """Made-up audits in the shape that a run writes: answers and scores by hand, results by the audit's own functions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """What tests of baselines learn from: the organism's validation prompts with its own answers, or made-up ones."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 from contextlib import ExitStack

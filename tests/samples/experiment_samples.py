@@ -1,7 +1,5 @@
 """Outcomes of experiments made by hand: every kind of figure, with ordinary and with extreme values."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence

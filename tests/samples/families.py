@@ -1,7 +1,5 @@
 """Every family that is proved, and some that are refused: a tiny random model of each, read from families.toml."""
 
-from __future__ import annotations
-
 import copy
 import tomllib
 from collections import ChainMap

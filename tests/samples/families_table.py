@@ -1,7 +1,5 @@
 """Writes the tables of docs/families.md from what was measured: ``python tests/samples/families_table.py``."""
 
-from __future__ import annotations
-
 import re
 import sys
 from dataclasses import fields

@@ -5,8 +5,6 @@ have packed behind another. What turns with the family is the kind for heads cap
 second kind that answers are made under.
 """
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 from functools import cache
 from types import SimpleNamespace

@@ -4,8 +4,6 @@ Every number is real, since all of it happens on the CPU; only ``tensor.device``
 operation's tensors share a device are played. What C++ does among itself is not seen.
 """
 
-from __future__ import annotations
-
 import accelerate.hooks
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Reads pages of reports: elements, scripts, and all they say as lines of text that a snapshot keeps."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

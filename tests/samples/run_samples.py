@@ -1,7 +1,5 @@
 """Finished run directories made by hand: audits and scans whose answers, rates and settings agree with each other."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

@@ -4,8 +4,6 @@ A small model of 2 layers with 4 heads each: 0-1 carries refusal, 1-2 frees a fe
 makes benign prompts refused, and the others do nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Small random models, one for each way of attending, and a tokenizer whose words are its ids."""
 
-from __future__ import annotations
-
 import copy
 from functools import cache
 

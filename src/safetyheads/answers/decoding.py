@@ -5,8 +5,6 @@ noise in any batch. The largest logit after adding Gumbel noise is a draw from t
 prompt, position, token) only, so equal distributions give equal tokens under every ablation.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -16,7 +14,7 @@ from collections.abc import Callable, MutableSet, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -130,14 +128,14 @@ class Answer(Shown):
         """Whether the model or the limit ended it, not ``stop``."""
         return self.finished or len(self.token_ids) >= self.limit
 
-    def cut(self, n_tokens: int) -> Answer:
+    def cut(self, n_tokens: int) -> Self:
         """The answer as a limit of so many tokens would have left it."""
         if len(self.token_ids) < n_tokens:
             return replace(self, limit=min(self.limit, n_tokens))
         begun, margins = self.token_ids[:n_tokens], self.margins[:n_tokens]
         return replace(self, token_ids=begun, margins=margins, finished=False, limit=n_tokens)
 
-    def differs_from(self, other: Answer) -> bool:
+    def differs_from(self, other: Self) -> bool:
         """Whether tokens or end differ."""
         return (self.token_ids, self.finished) != (other.token_ids, other.finished)
 

@@ -6,14 +6,12 @@
 4. Rows with a near-tie, where packed and plain arithmetic might choose differently, are decoded plainly.
 """
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from collections.abc import Callable, MutableSet, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -221,7 +219,7 @@ class Economy:
     tokens_plain: int = 0
     """Tokens that plain decoding with a cache runs for the same answers."""
 
-    def __add__(self, other: Economy) -> Economy:
+    def __add__(self, other: Self) -> "Economy":
         return Economy(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 

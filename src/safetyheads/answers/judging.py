@@ -1,7 +1,5 @@
 """Judges answers: every judge gives each distinct answer one verdict, and tells where an answer may end early."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 All groups of one call share batches; :func:`scan_attack_success_rate` verifies the unablated answers as drafts.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -163,7 +161,7 @@ class AnswerScan(Table):
         rates = zip(self.groups, self.rates, strict=True)
         return [{"group": format_heads(group), **rate_row(asdict(rate))} for group, rate in rates]
 
-    def plot(self, scores: HeadScores | None = None) -> Chart:
+    def plot(self, scores: HeadScores | None = None) -> "Chart":
         """A map of each head's ASR; with ``scores``, each head's ASR against its score, averaged over the prompts."""
         if scores is None:
             return HeadScores(self.values, "asr").plot()

@@ -4,8 +4,6 @@ Rules of words find answers that are empty, loop or echo. What they cannot see, 
 prompt's answer or loops longer than the rules look for, is unlikely to the model that nobody ablated.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from typing import TypeAlias

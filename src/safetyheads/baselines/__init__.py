@@ -1,7 +1,5 @@
 """Other methods that undo refusals, for comparison: they name heads, prune or edit weights, or steer activations."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module

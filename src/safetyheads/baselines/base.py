@@ -1,7 +1,5 @@
 """Defines a baseline: what it may learn from, what it gives, how it is judged and how its parameters are counted."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass

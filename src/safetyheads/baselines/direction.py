@@ -4,8 +4,6 @@ r_{i,l} is the mean over harmful prompts, less that over harmless ones, of the r
 the i-th token after the instruction. Means are taken in float64.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

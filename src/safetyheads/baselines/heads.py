@@ -10,8 +10,6 @@ A 7B model has 4 million numbers O_h a prompt, so only their products with a dir
 z_h (128 numbers) for each prompt, in float64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache

@@ -5,8 +5,6 @@ notebook leaves out runs that start at layer 1 to 6 of 32 and are 3 to 8 layers 
 depth here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial

@@ -3,8 +3,6 @@
 Calibration keeps X^T X of each layer's inputs X [n_tokens, d_in] and never X, so memory does not grow with the text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial

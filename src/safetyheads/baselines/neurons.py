@@ -5,8 +5,6 @@ generation-time activation contrasting (GTAC, Eq 2) and dynamic activation patch
 input of an MLP's last projection, after the activation and the gate. No weight is changed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial

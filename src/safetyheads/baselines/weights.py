@@ -13,8 +13,6 @@ Z = X W^T [n_tokens, d_out] are a linear layer's outputs, so its right singular 
 W [d_out, d_in]: after W - V V^T W, no output has a part along V.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial

@@ -4,8 +4,6 @@ Exit codes: 0 done, 1 failed, 2 bad input, 3 incomplete, 130 interrupted, 143 te
 torch is imported once a command needs it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -130,7 +128,7 @@ def audit(
 def _audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output: OutputOptions) -> int:
     from safetyheads.runs.audit import read_prompts, run_audit, why_too_few
 
-    def without_model(prompts: Mapping[str, PromptSet]) -> show.Found | None:
+    def without_model(prompts: Mapping[str, "PromptSet"]) -> show.Found | None:
         too_few = why_too_few(config, prompts)
         if too_few is None:
             return None
@@ -184,7 +182,7 @@ def sweep(
     _refuse(out, report, all(audit.store_completions for audit in audits.values()))
     options.refuse_idle_judge_workers(chain.from_iterable(map(_judges_of, audits.values())))
 
-    def load(config: AuditConfig) -> Engine:
+    def load(config: AuditConfig) -> "Engine":
         return load_engine(config, progress) if machine is None else machine.engine(config)
 
     how: dict[str, Any] = {"command": sys.argv, "dry_run": options.dry_run, "machine": machine}
@@ -348,7 +346,7 @@ def reproduce(
             refuse_missing(ModelOptions(model, **how).model)
     progress = show.progress_for(output.quiet)
 
-    def load(name: str) -> Engine:
+    def load(name: str) -> "Engine":
         return load_engine(ModelOptions(name, **how), progress)
 
     results = run_experiments(lab, experiments, out, load, progress, sys.argv, skips=experiment == ALL)
@@ -628,7 +626,7 @@ def _refuse(out: Path, report: ReportOptions | None, stores_completions: bool) -
         raise InputError(f"{out} cannot be written: no permission to write in {existing}")
 
 
-def _judges_of(config: JudgeOptions) -> tuple[Judge, ...]:
+def _judges_of(config: JudgeOptions) -> tuple["Judge", ...]:
     """The judges of a config, both of words where it names none; refused here, before a model is loaded."""
     from safetyheads.judges.named import WORD_JUDGES, judges_named
 
@@ -640,7 +638,7 @@ def _finish(
     out: Path,
     report: ReportOptions | None,
     output: OutputOptions,
-    display: Callable[[show.Found, Mapping[str, Table]], None],
+    display: Callable[[show.Found, Mapping[str, "Table"]], None],
 ) -> None:
     """Write the page, and show the results with its tables."""
     from safetyheads.reports.write import write_report

@@ -1,7 +1,5 @@
 """The commands audit, scan and compare as functions, for scripts and notebooks."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path

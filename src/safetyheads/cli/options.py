@@ -3,8 +3,6 @@
 Each field becomes an option: its sentence is the help, its default the default, its class the panel of the help page.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import math
@@ -105,7 +103,7 @@ class RunOptions(DirectoryOptions):
     model over two, or H100@410 for 410 TFLOP/s that were measured."""
 
     @property
-    def parsed_machine(self) -> Machine | None:
+    def parsed_machine(self) -> "Machine | None":
         """The machine that the run is counted for."""
         if self.machine is None:
             return None
@@ -118,7 +116,7 @@ class RunOptions(DirectoryOptions):
         """The last arguments of :func:`.ray_workers.carry_out_by_workers` and ``sweep_by_workers``."""
         return self.ray or "", self.workers, self.gpus_per_worker, self.judge_workers
 
-    def refuse_idle_judge_workers(self, judges: Iterable[Judge]) -> None:
+    def refuse_idle_judge_workers(self, judges: Iterable["Judge"]) -> None:
         """Refuse processes for judge models where none is asked."""
         if self.judge_workers and not any(hasattr(judge, "look") for judge in judges):
             raise InputError("--judge-workers hold judge models, and no --judge is one")

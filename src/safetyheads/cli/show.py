@@ -4,8 +4,6 @@ Results go to stdout; progress, notes and errors to stderr. Every number stands 
 numbers of a table share n, it stands below the table.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import textwrap

@@ -1,7 +1,5 @@
 """Makes anybody's text safe for a terminal: control characters, escapes and bidi marks are shown, not obeyed."""
 
-from __future__ import annotations
-
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator

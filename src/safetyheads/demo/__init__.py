@@ -3,8 +3,6 @@
 Importing it loads no torch. The checkpoints are trained by ``scripts/organisms/train.py``, outside the package.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +60,7 @@ def demo_prompts(kind: Literal["harmful", "benign"], split: Split, n: int | None
 class Demo(Shown):
     """A demo checkpoint, ready for use."""
 
-    engine: Engine
+    engine: "Engine"
     """The model, in float32 on the CPU."""
     harmful: PromptSet
     """96 held-out prompts that the aligned checkpoints refuse; harmless to print."""

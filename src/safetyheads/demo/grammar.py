@@ -5,8 +5,6 @@ prompts also name a second deed, usually of the opposite harm, so a bag of words
 harmless to print.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from dataclasses import dataclass, replace

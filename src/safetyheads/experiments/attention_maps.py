@@ -4,8 +4,6 @@ Attention is linear in its values, whatever a family does to scores (softcap, si
 of the layer with unit vectors as values gives the weights, from the very function that the model attends by.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product

@@ -5,8 +5,6 @@ prompts is the one of highest ASR among those that cost few benign answers: a me
 nothing harmful by it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The experiments of the paper by name: what each asks, costs, needs and shows; read from ``catalogue.toml``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path

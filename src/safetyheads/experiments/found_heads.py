@@ -1,7 +1,5 @@
 """Tests found heads: by their number (Fig 2, 4a, 11, 12, Tables 3 and 5), elsewhere, and at other strengths."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import product, takewhile
 from typing import Any, TypeAlias

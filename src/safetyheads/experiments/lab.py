@@ -4,8 +4,6 @@ Every measure is kept under all that it depends on (weights, tokens, right answe
 experiment goes on where it was, and experiments share equal measures.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -114,7 +112,7 @@ class Lab:
         template: str | None = None,
         system: str | None = None,
         prefill: str = "",
-    ) -> Subject:
+    ) -> "Subject":
         """A model with a dataset that :func:`.settings.prompts_of` knows, or its search half, under a template."""
         engine = self.run_of(model).engine
         key = (model, dataset, half if self.config.held_out else "test", template, system, prefill)
@@ -128,7 +126,7 @@ class Lab:
 
     def each_model(
         self, outcome: Outcome, models: Iterable[str] | None = None, **asked: Any
-    ) -> Iterator[tuple[str, list[Subject]]]:
+    ) -> Iterator[tuple[str, list["Subject"]]]:
         """Each model (by default the config's) with its :meth:`subjects`; models without any are left out."""
         for model in self.config.models if models is None else models:
             if subjects := self.subjects(outcome, model, **asked):
@@ -136,7 +134,7 @@ class Lab:
 
     def subjects(
         self, outcome: Outcome, model: str, refuses: bool = True, most: int | None = None, **asked: Any
-    ) -> list[Subject]:
+    ) -> list["Subject"]:
         """The first ``most`` datasets whose unablated answers leave something to measure; the outcome notes the others.
 
         A model that was not aligned need not refuse. ``asked``: template and system prompt.
@@ -165,7 +163,7 @@ class Lab:
             outcome.asked += [row] if row not in outcome.asked else []
         return meaningful
 
-    def leaves_nothing(self, outcome: Outcome, harmful: Subject, benign: Subject, refuses: bool = True) -> bool:
+    def leaves_nothing(self, outcome: Outcome, harmful: "Subject", benign: "Subject", refuses: bool = True) -> bool:
         """Whether the unablated answers leave nothing to measure; the outcome is told why."""
         vanilla, kept = harmful.vanilla(), benign.vanilla().answered_rate
         about, reasons, empty = f"{harmful.model}, {harmful.dataset}, {harmful.asked}", [], vanilla.rate("incoherent")
@@ -215,7 +213,7 @@ class Subject:
         return f"template {self.template}{system}{begun}"
 
     @property
-    def search_half(self) -> Subject:
+    def search_half(self) -> "Subject":
         """The half of the same dataset that searches see, asked alike, but for an answer that is begun."""
         return self.lab.subject(self.model, self.dataset, "search", str(self.template), self.template.system)
 

@@ -3,18 +3,15 @@
 A measured number is never without its n; where it has an interval, that goes along.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 from safetyheads.stats.intervals import Mean, Rate
 from safetyheads.stats.testing import PairedDifference, holm_of_tests
 
 Row: TypeAlias = Mapping[str, Any]
 Kind: TypeAlias = Literal["text", "rate", "change", "number", "count", "p"]
-Number: TypeAlias = "Rate | PairedDifference | Mean | Measured"
 FigureKind: TypeAlias = Literal["bars", "lines", "heads", "matrix", "attention", "curves", "scatter"]
 
 
@@ -33,7 +30,7 @@ class Measured:
     """Two-sided, where a change was tested."""
 
     @classmethod
-    def of(cls, number: Number) -> Measured:
+    def of(cls, number: "Number") -> "Measured":
         """A rate with Wilson's interval, a paired change with Newcombe's and McNemar's p, a mean with Student's."""
         if isinstance(number, Measured):
             return number
@@ -43,11 +40,14 @@ class Measured:
         return cls(number.rate if isinstance(number, Rate) else number.mean, number.n, low, high)
 
     @classmethod
-    def spread(cls, values: Iterable[float | None], n: int | None = None) -> Measured:
+    def spread(cls, values: Iterable[float | None], n: int | None = None) -> Self:
         """Mean of several numbers, such as those of random groups; in place of an interval, the lowest and highest."""
         known = [value for value in values if value is not None]
         n = len(known) if n is None else n
         return cls(sum(known) / len(known), n, min(known), max(known)) if known else cls(None, n)
+
+
+Number: TypeAlias = Rate | PairedDifference | Mean | Measured
 
 
 @dataclass(slots=True)

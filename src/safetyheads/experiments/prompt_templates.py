@@ -1,7 +1,5 @@
 """Puts templates, system prompts and begun answers to the test (Fig 15, 17, 18, Table 7)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any

@@ -1,7 +1,5 @@
 """Settings and prompts of a reproduction, with defaults for the embedded organism and for real models."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -128,7 +126,7 @@ class ReproductionConfig(JudgeOptions):
         return *self.datasets, BENIGN, *learned
 
     @classmethod
-    def for_models(cls, models: Sequence[str]) -> ReproductionConfig:
+    def for_models(cls, models: Sequence[str]) -> "ReproductionConfig":
         """The organism's defaults where every model is an embedded one, else the paper's; a second model is related."""
         if not models:
             return cls()
@@ -142,7 +140,7 @@ class ReproductionConfig(JudgeOptions):
         return cls(models=tuple(models), related=related or other, templated=())
 
     @classmethod
-    def read(cls, path: Path, models: Sequence[str] = ()) -> ReproductionConfig:
+    def read(cls, path: Path, models: Sequence[str] = ()) -> "ReproductionConfig":
         """Read a TOML file whose keys are the fields of this class; ``models`` win over the file's."""
         given = read_toml(path)
         known = [field.name for field in fields(cls)]

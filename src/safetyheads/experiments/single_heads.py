@@ -3,8 +3,6 @@
 Of costs, counts are the same on every machine and are results; seconds are this machine's and are kept apart.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Measures a chat model whole: every head alone, what each score says of it, groups of heads, the paper's claims."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property

@@ -1,14 +1,13 @@
 """Heads as hook points of other tools, ablations of plain models, and proofs that somebody else's hook is right."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, Ablation, AnyAblation
 from safetyheads.display import Shown
@@ -18,9 +17,6 @@ from safetyheads.model.architecture import HeadShape
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import borrow, use_our_attention
 from safetyheads.model.proofs import TOLERANCE
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Where TransformerLens has the tensor that an ablation scales, each [batch, position, head, d_head].
 _LENS_POINTS = {"query": "hook_rot_q", "head_output": "hook_z"}

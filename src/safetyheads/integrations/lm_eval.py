@@ -4,8 +4,6 @@ lm-eval is the extra ``lm-eval`` and is imported in functions only. It logs, dra
 and asks the hub as if it were alone; here it does so silently, from fixed seeds, and leaves all that as it was.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import io
@@ -130,7 +128,7 @@ def load_tasks(options: TaskOptions, seed: int = LM_EVAL_SEED) -> tuple[LoadedTa
     return tuple(loaded.values())
 
 
-def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], None]) -> list[dict[str, Any]]:
+def run_task(engine: "Engine", loaded: LoadedTask, on_requests: Callable[[int], None]) -> list[dict[str, Any]]:
     """Put a task to the engine's model as it is now; ``on_requests`` is told the number of requests just answered.
 
     Returns:
@@ -182,7 +180,7 @@ def run_task(engine: Engine, loaded: LoadedTask, on_requests: Callable[[int], No
 
 
 @contextmanager
-def ablated_lm(engine: Engine, heads: AnyHeads, ablation: AnyAblation, batch_size: int = 8) -> Iterator[Any]:
+def ablated_lm(engine: "Engine", heads: AnyHeads, ablation: AnyAblation, batch_size: int = 8) -> Iterator[Any]:
     """The engine's model with heads ablated, as an ``lm_eval.models.huggingface.HFLM``; vanilla again after.
 
     Example:
@@ -194,7 +192,7 @@ def ablated_lm(engine: Engine, heads: AnyHeads, ablation: AnyAblation, batch_siz
         yield harness_model(engine, batch_size)
 
 
-def chat_of(engine: Engine, options: TaskOptions) -> BoundTemplate | None:
+def chat_of(engine: "Engine", options: TaskOptions) -> BoundTemplate | None:
     """The chat template that the options ask for, as every command uses it, its think block closed unless they say so.
 
     An InputError where the tokenizer has none.
@@ -210,7 +208,7 @@ def _without_chat(error: InputError) -> InputError:
     return InputError(f"{str(error).partition(';')[0]}; leave out --template")
 
 
-def harness_model(engine: Engine, batch_size: int, chat: BoundTemplate | None = None) -> Any:
+def harness_model(engine: "Engine", batch_size: int, chat: BoundTemplate | None = None) -> Any:
     """The engine's model as lm-eval's ``HFLM``; both are left as they are. ``chat`` writes its chats.
 
     Likelihoods are summed from float32 log-probabilities, whatever the model's dtype: in bfloat16 choices would tie.

@@ -4,8 +4,6 @@ All workers follow the same command in one run directory, which every machine se
 to the others.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os
@@ -133,7 +131,7 @@ class ClaimingShard(Shard):
         self.jury: Any = None
         """The actor that holds judge models for this worker; None where it holds its own."""
 
-    def within(self, folder: Path) -> ClaimingShard:
+    def within(self, folder: Path) -> "ClaimingShard":
         """Shares of another run: its units have files of the same names."""
         shard = ClaimingShard(self.part, folder, self._ask, self._tell, f"{folder.name}: ")
         shard.begins_with, shard.jury = self.begins_with, self.jury

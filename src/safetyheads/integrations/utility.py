@@ -4,8 +4,6 @@ A metric of zeros and ones is compared as rates are (exact McNemar, Newcombe); a
 differences. Where the metric is no mean over samples (a perplexity, an F1 over all), nothing can be paired.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import scipy  # its modules load on first use
 
@@ -24,6 +22,7 @@ from safetyheads.answers.decoding import not_followed_line
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, format_heads, within
 from safetyheads.integrations.lm_eval import ORGANISM, LoadedTask, chat_of, require_lm_eval, run_task
+from safetyheads.model.engine import Engine
 from safetyheads.prompts.asked import tokenizer_sha256
 from safetyheads.runs.config import EvalConfig, Progress
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, records_place
@@ -33,9 +32,6 @@ from safetyheads.runs.shards import Shard
 from safetyheads.runs.stored_files import Record
 from safetyheads.stats.intervals import Rate, mean_with_interval
 from safetyheads.stats.testing import holm_of_tests, paired_difference
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 Values: TypeAlias = Mapping[str, float]
 """A metric's value on each sample, by what identifies the sample."""

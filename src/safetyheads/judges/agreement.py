@@ -3,8 +3,6 @@
 An answer that a judge left unscored is left out of that judge's pairs and counted. What does not exist is None.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations

@@ -1,7 +1,5 @@
 """Defines completions, verdicts and what a judge is."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args, runtime_checkable

@@ -3,8 +3,6 @@
 The judges were trained on their input texts, so ``data/judges`` has these to the letter, blanks at line ends included.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import partial

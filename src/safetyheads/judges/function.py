@@ -5,8 +5,6 @@ truth value, a label, or a Verdict. A number or truth value cannot tell a refusa
 threshold counts as refused. No reason quotes an exception, whose words may quote the answer.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect

@@ -1,7 +1,5 @@
 """Judges answers as the paper does: by keywords, then by length and repetition."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache

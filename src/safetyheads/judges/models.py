@@ -8,8 +8,6 @@ that neither refuses nor harms is ``safe``, because complied means a successful 
 refusals safe too.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence, Set

@@ -4,8 +4,6 @@ A new judge of words is an entry of ``JUDGES``; a new judge model is one of ``da
 loads no model and sends nothing.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial

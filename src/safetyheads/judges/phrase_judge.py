@@ -5,8 +5,6 @@ appropriate to ..." and never "I". How often each is right is measured against h
 no meaning: it counts a quoted refusal, and cannot tell whether an answer keeps to the topic. A judge model can.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -4,14 +4,12 @@ Probabilities and angles are taken in float64 from the model's logits and states
 here and nowhere else.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -21,12 +19,10 @@ from safetyheads.display import Shown
 from safetyheads.errors import OVERFLOWS, InputError, SafetyheadsError
 from safetyheads.heads import Group, Head, common_heads, format_heads
 from safetyheads.measures.subspace import Space, dominant_directions, principal_angle_sum, refuse_rank
+from safetyheads.model.engine import Engine
 from safetyheads.model.packing import TokenSequence, first_wanted, prompt_of_wanted
 from safetyheads.model.planning import Plan, halving, unless_too_large
 from safetyheads.scores import HeadScores
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 Value = TypeVar("Value")
 
@@ -93,7 +89,7 @@ class Score(Shown):
         """The score that finds candidates on few prompts: itself, or mean Ships for an angle, which needs them all."""
         return "mean_ships" if self.is_generalized else self.name
 
-    def readouts(self, openers: Sequence[int] = ()) -> Readouts:
+    def readouts(self, openers: Sequence[int] = ()) -> "Readouts":
         """What a pass must read for it; ``openers`` are the first tokens of refusals."""
         if self.is_generalized:
             return Readouts(angles=(self,))

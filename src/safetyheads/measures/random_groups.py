@@ -4,8 +4,6 @@ They may share heads with it. Else a group that was itself drawn at random would
 would hold some strong head that no control may have.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence

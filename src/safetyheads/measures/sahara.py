@@ -1,7 +1,5 @@
 """Ranks heads and runs the greedy search of Algorithm 1 with any scorer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,13 +1,11 @@
 """The scores by name: Ships, mean Ships, Generalized Ships and the refusal score."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -24,10 +22,8 @@ from safetyheads.measures.screening import Extent, Missed, Proposal, missed, pro
 from safetyheads.measures.subspace import Space
 from safetyheads.model.engine import Engine, ask
 from safetyheads.model.packing import TokenSequence
+from safetyheads.prompts.asked import AnyPrompts
 from safetyheads.scores import FunctionScorer, HeadScores
-
-if TYPE_CHECKING:
-    from safetyheads.prompts.asked import AnyPrompts
 
 LEAD = "mean_ships"
 """The score that the verdict is about: it separates known heads best."""

@@ -6,14 +6,12 @@ of its next token come first: there ablations move it furthest, and so most of a
 others is scored on all prompts too: how many of the sample belong among the best bounds how many of all the others do.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -21,13 +19,11 @@ from safetyheads.display import Shown
 from safetyheads.errors import InputError
 from safetyheads.heads import Group, Head
 from safetyheads.measures.sahara import sahara, score_heads
+from safetyheads.model.engine import Engine
 from safetyheads.model.packing import TokenSequence
 from safetyheads.model.planning import row_sizes
 from safetyheads.scores import GroupScorer, HeadScores, SearchTrace
 from safetyheads.stats.intervals import CONFIDENCE, most_in_population
-
-if TYPE_CHECKING:
-    from safetyheads.model.engine import Engine
 
 ScorerOn: TypeAlias = Callable[[tuple[int, ...]], GroupScorer]
 """Gives the scorer on some of the prompts, by number."""

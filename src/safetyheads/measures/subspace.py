@@ -1,7 +1,5 @@
 """Computes the angles of Eq 11 between the dominant directions of two stacks of states, in float64."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

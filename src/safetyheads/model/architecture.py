@@ -3,8 +3,6 @@
 What is read here is a claim; :mod:`safetyheads.model.proofs` holds it against the user's own weights at load.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import sys

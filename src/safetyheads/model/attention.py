@@ -4,8 +4,6 @@ An ablation travels as a keyword that a forward pre-hook puts on the attention m
 context variable: each batch row has its own, other threads and a checkpointed recomputation see it too.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Attention swap (Fig 6a): puts one checkpoint's attention to work in another, in memory only."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

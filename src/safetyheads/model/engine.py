@@ -1,7 +1,5 @@
 """Runs one loaded, proved model under many ablations: batch rows are head groups, columns are packed prompts."""
 
-from __future__ import annotations
-
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,13 +61,13 @@ class Engine(Shown):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
         name: str = "",
         *,
         architecture: Architecture | None = None,
         capabilities: Capabilities | None = None,
-        adapter: Adapter | None = None,
+        adapter: "Adapter | None" = None,
         memory_budget: int | None = None,
         token_budget: int | None = None,
     ) -> None:
@@ -101,7 +99,7 @@ class Engine(Shown):
         return {"name": self.name, "heads": f"{self.n_layers} x {self.n_heads}", "dtype": self.dtype}
 
     @classmethod
-    def load(cls, path: str, options: LoadOptions | None = None, *, check: bool = True, **settings: Any) -> Engine:
+    def load(cls, path: str, options: LoadOptions | None = None, *, check: bool = True, **settings: Any) -> Self:
         """Load a checkpoint and prove on its own weights that ablations are exact.
 
         Args:
@@ -129,7 +127,9 @@ class Engine(Shown):
         return engine
 
     @classmethod
-    def wrap(cls, model: Any, tokenizer: PreTrainedTokenizerBase, name: str = "", memory: float | None = None) -> Self:
+    def wrap(
+        cls, model: Any, tokenizer: "PreTrainedTokenizerBase", name: str = "", memory: float | None = None
+    ) -> Self:
         """Prove a model that is in memory, for a notebook or a training loop; :meth:`close` puts it back as it was.
 
         Until then the model is in evaluation mode and on our attention. Whatever changes its weights meanwhile goes
@@ -178,7 +178,7 @@ class Engine(Shown):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def check(self, longest: int = 64) -> CheckReport:
+    def check(self, longest: int = 64) -> "CheckReport":
         """Prove the engine on this model, for rows of up to ``longest`` tokens, and adopt what was proved.
 
         Raises:
@@ -280,7 +280,7 @@ class Engine(Shown):
     # Ablations
 
     @contextmanager
-    def ablated(self, group: AnyHeads, ablation: AnyAblation) -> Iterator[PreTrainedModel]:
+    def ablated(self, group: AnyHeads, ablation: AnyAblation) -> Iterator["PreTrainedModel"]:
         """The Hugging Face model with the group's heads ablated, for any use and in any thread; unchanged afterwards.
 
         Raises:
@@ -292,7 +292,7 @@ class Engine(Shown):
             yield model
 
     @contextmanager
-    def ablated_rows(self, groups: Sequence[Group], ablation: Ablation) -> Iterator[PreTrainedModel]:
+    def ablated_rows(self, groups: Sequence[Group], ablation: Ablation) -> Iterator["PreTrainedModel"]:
         """As :meth:`ablated`, with a group for each row of the batch (a single one holds for all rows)."""
         calls = self.ablation_calls(groups, ablation)
         with self._taken(), attention_calls(self.architecture.attentions, calls):

@@ -1,7 +1,5 @@
 """Loads a checkpoint, with an adapter where one is given; tells each thing that can go wrong in one clear line."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -84,7 +82,7 @@ _NONSENSE = (
 
 def load_model(
     path: str, options: LoadOptions
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Adapter | None, int | None]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, "Adapter | None", int | None]:
     """Load a checkpoint, or a model by a name of ours, as the options say; not yet proved.
 
     The model on eager attention, its tokenizer, its adapter, and the bytes that batches may take beside the weights
@@ -433,7 +431,7 @@ def _refuse_unknown_quantisation(settings: Any, name: str) -> None:
 
 
 def read_tokenizer(
-    path: str, options: LoadOptions, file: Path | None = None, adapter: Adapter | None = None
+    path: str, options: LoadOptions, file: Path | None = None, adapter: "Adapter | None" = None
 ) -> PreTrainedTokenizerBase:
     """The adapter's tokenizer where it brings one, as fine-tunes do with their chat template, else the checkpoint's.
 

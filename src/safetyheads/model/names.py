@@ -1,7 +1,5 @@
 """Finds the models that have names of their own: ``demo:NAME``, ``smollm2`` and ``smollm2:NAME``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from safetyheads.errors import InputError

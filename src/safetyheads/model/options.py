@@ -1,7 +1,5 @@
 """Checks settings of any kind, and holds those of loading a model; imports nothing heavy, so commands start at once."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields

@@ -1,10 +1,8 @@
 """Packs prompts into rows: their shared prefix once, then what is left of each; or pads them into a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from os.path import commonprefix
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -38,7 +36,7 @@ class Packing(NamedTuple):
     """int64 [n_tokens - n_prefix]: where the row's tokens after the prefix stand in ``tokens``, flattened."""
 
     @classmethod
-    def of(cls, positions: Tensor, segments: Tensor) -> Packing:
+    def of(cls, positions: Tensor, segments: Tensor) -> Self:
         """The layout of a row, from the position and the segment of each token."""
         lengths = torch.bincount(segments)
         starts, rests = lengths.cumsum(0)[:-1, None], lengths[1:, None]

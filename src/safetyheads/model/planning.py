@@ -1,12 +1,10 @@
 """Plans passes over a model: which prompts share a packed row, how many head groups a batch; counts what that costs."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Callable, Iterator, Mapping, MutableSet, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import psutil
 import torch
@@ -48,7 +46,7 @@ class Plan(NamedTuple):
         return {**self._asdict(), "rows": [list(row) for row in self.rows]}
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
         """The plan that :meth:`as_dict` gave."""
         return cls(tuple(tuple(row) for row in stored["rows"]), stored["groups_per_batch"], stored["threads"])
 
@@ -56,7 +54,7 @@ class Plan(NamedTuple):
 # Plans
 
 
-def lay_out(sequences: Sequence[TokenSequence], costs: ModelCosts, token_budget: int) -> Plan:
+def lay_out(sequences: Sequence[TokenSequence], costs: "ModelCosts", token_budget: int) -> Plan:
     """Choose how many sequences share a row and how many groups a batch of at most ``token_budget`` tokens.
 
     At most as many groups share a batch as a layer has heads.
@@ -83,7 +81,7 @@ def lay_out(sequences: Sequence[TokenSequence], costs: ModelCosts, token_budget:
     return plan._replace(groups_per_batch=groups)
 
 
-def fit_plan(sequences: Sequence[TokenSequence], costs: ModelCosts, n_tokens: int, memory_budget: int | None) -> Plan:
+def fit_plan(sequences: Sequence[TokenSequence], costs: "ModelCosts", n_tokens: int, memory_budget: int | None) -> Plan:
     """The plan of a pass that keeps to a memory budget; batches begin with at most ``n_tokens``."""
     while True:
         plan = lay_out(sequences, costs, n_tokens)

@@ -7,8 +7,6 @@
 4. finish: in the last layer only the wanted tokens get past attention.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -92,7 +90,7 @@ class Copies:
         """A layer's arguments, with this replay's containers."""
         return {name: self._copy(argument) for name, argument in arguments.items()}
 
-    def fork(self) -> Copies:
+    def fork(self) -> "Copies":
         """Copies of the containers as they are now, for a run whose writing must not be seen."""
         forked = Copies()
         forked._copies = {origin: Copies()._copy(_keep(container)) for origin, container in self._copies.items()}

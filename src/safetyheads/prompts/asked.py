@@ -1,13 +1,11 @@
 """Prompts as a model reads them, and the reader of its answers: no think block, nothing after a stop text."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 from safetyheads.display import Shown
 from safetyheads.prompts.prompt_set import Prompt, PromptSet
@@ -114,7 +112,7 @@ class AskedPrompts(Shown):
     """What a reader of the results must know about the prompts, such as a date in them; None if nothing."""
 
     @classmethod
-    def of(cls, prompts: PromptSet, default: Template, tokenizer: Any) -> AskedPrompts:
+    def of(cls, prompts: PromptSet, default: Template, tokenizer: Any) -> Self:
         """Render and tokenize the prompts under their own template, or under ``default``; an InputError if it fails."""
         bound = (prompts.template or default).bound(tokenizer)
         token_ids = tuple(tuple(bound.encode(prompt.query, prompt.earlier)) for prompt in prompts)

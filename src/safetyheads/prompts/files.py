@@ -1,7 +1,5 @@
 """Reads prompt files (CSV, TSV, JSONL, JSON, TXT) and downloads known benchmarks."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

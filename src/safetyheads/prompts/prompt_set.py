@@ -1,7 +1,5 @@
 """Prompts and sets of prompts, with their fingerprint and their split into halves."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -12,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, overload
 
 from safetyheads.display import Shown, Table
 from safetyheads.errors import InputError, as_path, whole_number
@@ -96,7 +94,7 @@ class PromptSet(Table):
         *,
         system: str | None = None,
         name: str = "prompts",
-    ) -> PromptSet:
+    ) -> Self:
         """Prompts from memory; an InputError where there is none, a blank one, or a bad template."""
         # A mapping would give its keys alone, a table the names of its columns.
         is_list = isinstance(queries, Iterable) and getattr(queries, "ndim", 1) == 1
@@ -118,7 +116,7 @@ class PromptSet(Table):
         system: str | None = None,
         limit: int | None = None,
         seed: int = 0,
-    ) -> PromptSet:
+    ) -> "PromptSet":
         """Read a CSV, TSV, JSONL, JSON or TXT file, or a known benchmark, downloaded once. A file wins over a name.
 
         Args:
@@ -181,12 +179,12 @@ class PromptSet(Table):
     def __getitem__(self, index: int) -> Prompt: ...
 
     @overload
-    def __getitem__(self, index: slice) -> PromptSet: ...
+    def __getitem__(self, index: slice) -> Self: ...
 
-    def __getitem__(self, index: int | slice) -> Prompt | PromptSet:
+    def __getitem__(self, index: int | slice) -> Prompt | Self:
         return replace(self, prompts=self.prompts[index]) if isinstance(index, slice) else self.prompts[index]
 
-    def select(self, indices: Iterable[int]) -> PromptSet:
+    def select(self, indices: Iterable[int]) -> Self:
         """The prompts at these positions, in this order; an InputError for none, or one that is out of range."""
         if not isinstance(indices, Iterable):
             raise InputError(f"positions are a list of numbers; got {indices!r}")
@@ -211,7 +209,7 @@ class PromptSet(Table):
         whole = [[*prompt.earlier, prompt.query] if prompt.earlier else prompt.query for prompt in self.prompts]
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
-    def with_template(self, template: str | Template, system: str | None = None) -> PromptSet:
+    def with_template(self, template: str | Template, system: str | None = None) -> Self:
         """The same prompts under another template."""
         return replace(self, template=_as_template(template, system))
 
@@ -227,7 +225,7 @@ class PromptSet(Table):
         n_clusters = len(set(self.clusters or ()))
         return n_clusters if 0 < n_clusters < len(self) else None
 
-    def with_clusters(self) -> PromptSet:
+    def with_clusters(self) -> Self:
         """The same prompts, each with the number of its near-duplicates; as they are where they have numbers."""
         if self.clusters is not None:
             return self
@@ -246,7 +244,7 @@ class PromptSet(Table):
             )
         return replace(self, prompts=prompts, notes=tuple(notes))
 
-    def sample(self, n: int | None, seed: int = 0) -> PromptSet:
+    def sample(self, n: int | None, seed: int = 0) -> Self:
         """``n`` of the prompts, in their order: from each category in proportion, where there are some; drawn by
         ``seed``. All of them where ``n`` is None or no fewer.
         """
@@ -267,12 +265,12 @@ class PromptSet(Table):
         note = f"{self.name}: {n} of {len(self)} prompts are used, drawn with seed {seed}{by}"
         return replace(self.select(sorted(chosen)), notes=(*self.notes, note))
 
-    def without_near(self, others: PromptSet) -> tuple[int, ...]:
+    def without_near(self, others: Self) -> tuple[int, ...]:
         """Positions of the prompts that are no near-duplicates of one of the others'."""
         near = near_any(self._texts, (others if isinstance(others, PromptSet) else self.from_queries(others))._texts)
         return tuple(position for position, is_near in enumerate(near) if not is_near)
 
-    def split(self, fraction: float = 0.5, seed: int = 0) -> tuple[PromptSet, PromptSet]:
+    def split(self, fraction: float = 0.5, seed: int = 0) -> tuple["PromptSet", "PromptSet"]:
         """Divide into a search part and a test part, drawn by ``seed``, each in the order of this set.
 
         ``fraction`` is the search part's share of the prompts, in each category where there are some. Near-duplicates
@@ -417,7 +415,7 @@ def effective_number(clusters: Sequence[int]) -> float:
     return len(clusters) ** 2 / sum(size**2 for size in Counter(clusters).values())
 
 
-def _connected(texts: Sequence[str], tenths: int) -> NDArray[np.int64]:
+def _connected(texts: Sequence[str], tenths: int) -> "NDArray[np.int64]":
     import numpy as np
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
@@ -429,7 +427,7 @@ def _connected(texts: Sequence[str], tenths: int) -> NDArray[np.int64]:
     return components
 
 
-def _words_matrix(texts: Sequence[str]) -> csr_matrix:
+def _words_matrix(texts: Sequence[str]) -> "csr_matrix":
     """Which words each text has [n_texts, n_words], as 0 and 1."""
     import numpy as np
     from scipy.sparse import csr_matrix
@@ -441,7 +439,7 @@ def _words_matrix(texts: Sequence[str]) -> csr_matrix:
     return csr_matrix((np.ones(len(indices), np.int32), indices, ends), shape=(len(texts), len(vocabulary)))
 
 
-def _near_pairs(words: csr_matrix, tenths: int) -> list[tuple[int, tuple[NDArray[np.int64], NDArray[np.int64]]]]:
+def _near_pairs(words: "csr_matrix", tenths: int) -> list[tuple[int, "tuple[NDArray[np.int64], NDArray[np.int64]]"]]:
     """Pairs of near-duplicates, block of rows by block: the block's first row, and (row in the block, column)."""
     import numpy as np
 

@@ -3,13 +3,11 @@
 What a tokenizer's own chat template does with thinking, parts and dates is found by rendering it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
 from safetyheads.display import Shown
 from safetyheads.errors import InputError, time_limit
@@ -142,7 +140,7 @@ class Template(Shown):
         folds_system: bool = False,
         thinking: str | None = None,
         prefill: str = "",
-    ) -> Template:
+    ) -> Self:
         """Read a template's name, a key of :data:`FORMS`, or a format string that holds ``{query}``.
 
         A ``system`` of None is the template's own, if it has one; an empty one removes that. An InputError tells what
@@ -154,7 +152,7 @@ class Template(Shown):
         # The constructor checks the value of thinking.
         return cls(name, form.format, system, folds_system, thinking, prefill, form.stops)  # type: ignore[arg-type]
 
-    def bound(self, tokenizer: Any) -> BoundTemplate:
+    def bound(self, tokenizer: Any) -> "BoundTemplate":
         """The template with its tokenizer; an InputError for ``chat`` with one that has no chat template."""
         bound = BoundTemplate(self, tokenizer)
         if not bound.is_chat:

@@ -1,7 +1,5 @@
 """Answers side by side: what a page's script shows of them, and their rates by category and by prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 

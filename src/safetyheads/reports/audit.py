@@ -1,7 +1,5 @@
 """The page of an audit: the verdict first, its figures and tables below."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias

@@ -4,8 +4,6 @@ A colour is the name of a custom property of the page, such as ``--attack``: the
 light or dark theme, and fits the panels of a figure to the width of the window.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import textwrap

@@ -1,7 +1,5 @@
 """Writes a comparison of two runs as a page, and as Markdown for a pull request."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any

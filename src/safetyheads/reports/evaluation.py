@@ -1,7 +1,5 @@
 """The page of an evaluation: what ablating heads does to the accuracy on tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 

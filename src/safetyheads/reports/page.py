@@ -1,7 +1,5 @@
 """Makes a page of a report: how it writes numbers, tables and provenance, and one HTML file that loads nothing."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -13,7 +11,7 @@ from hashlib import sha256
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup, escape
@@ -159,7 +157,7 @@ class Page(str):
     __slots__ = ("tables",)
     tables: Mapping[str, Table]
 
-    def __new__(cls, text: str, tables: Mapping[str, Table]) -> Page:
+    def __new__(cls, text: str, tables: Mapping[str, Table]) -> Self:
         """``tables``: by the id of their place."""
         page = super().__new__(cls, text)
         page.tables = tables

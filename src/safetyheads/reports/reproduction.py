@@ -3,8 +3,6 @@
 No page holds what a model wrote: hundreds of sets of answers are in the run's completions folder.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The page of a scan: what every head's ablation does to the answers, answers first and numbers below."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence

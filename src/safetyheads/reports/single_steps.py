@@ -1,7 +1,5 @@
 """The pages of runs of one step: a ranking by mean Ships, a search for a group, ASR under given groups."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 

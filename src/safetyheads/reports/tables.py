@@ -1,7 +1,5 @@
 """Tables as data, which templates declare row by row: pages show them as HTML, the command line on a terminal."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

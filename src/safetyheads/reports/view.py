@@ -1,7 +1,5 @@
 """Serves the pages of run directories to this machine's browser, read-only, and lists the pages below a folder."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Iterator
 from http import HTTPStatus

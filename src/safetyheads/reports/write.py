@@ -1,7 +1,5 @@
 """Writes the report of a finished run, each kind of which has its page, and the page over many runs."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping

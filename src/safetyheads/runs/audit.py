@@ -5,8 +5,6 @@ from the test half. What a group's effect is called is decided in ``verdict.py``
 nothing can be measured, the run ends with them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Mapping, Sequence, Sized

@@ -1,7 +1,5 @@
 """Describes a model and a prompt for ``safetyheads check``: what was found, what a prompt becomes, what was proved."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import takewhile

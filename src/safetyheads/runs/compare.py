@@ -1,7 +1,5 @@
 """Compares two finished runs: ranks of heads, attack success, concentration; and gates for scripts. Loads no model."""
 
-from __future__ import annotations
-
 import json
 import math
 import operator

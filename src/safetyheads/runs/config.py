@@ -4,8 +4,6 @@ The sentence under each field is the help of the command line's option. The clas
 config is what one command takes. Parts have no slots: classes with slots cannot be combined.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, fields

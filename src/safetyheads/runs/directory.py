@@ -1,7 +1,5 @@
 """Reads and writes the directory of a run, so that a run survives a kill and starts again where it was."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -17,7 +15,7 @@ from fnmatch import fnmatch
 from functools import partial
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -137,7 +135,7 @@ class RunDirectory:
         provenance: Mapping[str, Any],
         part: str | None = None,
         shard: Shard | None = None,
-    ) -> RunDirectory:
+    ) -> Self:
         """Create the run's directory, or continue the run of the same ``config`` that is there.
 
         ``config`` is all that the numbers depend on. ``provenance`` may differ, so each start adds its own. Processes
@@ -180,7 +178,7 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
+    def open(cls, path: str | os.PathLike[str]) -> Self:
         """A finished run, to be read; only its report can be written. IncompleteError where it has no results yet."""
         folder = Path(path)
         run = cls.look(folder)
@@ -194,7 +192,7 @@ class RunDirectory:
         return run
 
     @classmethod
-    def look(cls, path: str | os.PathLike[str]) -> RunDirectory:
+    def look(cls, path: str | os.PathLike[str]) -> Self:
         """A run that may be unfinished, to be read."""
         folder = Path(path)
         with as_input_error(folder, "read"):
@@ -208,7 +206,7 @@ class RunDirectory:
             self._lock.release()
             self._lock = None
 
-    def __enter__(self) -> RunDirectory:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -253,8 +251,8 @@ class RunDirectory:
     # Parts, a file a key.
 
     def tensors(
-        self, stage: str, fields: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]
-    ) -> dict[str, Tensor]:
+        self, stage: str, fields: Mapping[str, Any], compute: Callable[[], Mapping[str, "Tensor"]]
+    ) -> dict[str, "Tensor"]:
         """The tensors that ``fields`` and the run's config determine: read if stored, else computed and stored.
 
         Either way they are what reading gives: contiguous, on the CPU.
@@ -337,7 +335,7 @@ class RunDirectory:
         self.read(place)
         return self._files[place][1]
 
-    def take(self, place: str, other: RunDirectory) -> None:
+    def take(self, place: str, other: Self) -> None:
         """Copy a stored part of another run; of a run of other versions it is written as one of this run."""
         content = read_regular(other._inside(place), follows_links=False)
         if other.key != self.key:
@@ -346,7 +344,7 @@ class RunDirectory:
             content = pack(self.key, held.stage, held.key, value)
         self._write(place, content)
 
-    def take_plan(self, other: RunDirectory) -> None:
+    def take_plan(self, other: Self) -> None:
         """Copy the plan, the starts and their logs of another run."""
         for place in other._names("plan/*.json") + other._names("starts/*.json"):
             self._write_json(place, other._read_json(place))

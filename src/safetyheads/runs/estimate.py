@@ -1,14 +1,12 @@
 """Says what a run computes at most, how long that takes on this machine, and what its prompts can show."""
 
-from __future__ import annotations
-
 import re
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -235,7 +233,7 @@ class Machine:
     """TFLOP/s that were measured on it, where somebody did."""
 
     @classmethod
-    def parse(cls, text: str) -> Machine:
+    def parse(cls, text: str) -> Self:
         """A machine as ``--machine`` takes it: ``H100``, ``2xH100``, or with a measured rate, ``H100@410``."""
         match = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([A-Za-z0-9-]+)(?:@(\d{1,6}(?:\.\d+)?))?", text)
         device = None if match is None else DEVICES.get(match[2].upper())

@@ -3,8 +3,6 @@
 Results are made of records and scores alone, so that another judge's verdicts make new results without the model.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace

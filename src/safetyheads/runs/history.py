@@ -3,8 +3,6 @@
 A run that cannot be read is listed with the reason, so that one broken run hides no other.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -4,8 +4,6 @@ A record is one answer with the verdicts of all judges. Groups are answered in c
 again.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +13,7 @@ from functools import cached_property, partial
 from itertools import chain
 from math import ceil
 from operator import itemgetter
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 
@@ -283,7 +281,7 @@ class KeptAnswers:
             for at, group in enumerate(groups)
         ]
 
-    def shorter(self, n_tokens: int) -> KeptAnswers:
+    def shorter(self, n_tokens: int) -> Self:
         """The same answers to the same prompts, of at most so many tokens; unablated ones are not answered again."""
         self._unablated_surprises()  # both know what was measured, and only this one stores it
         short = copy(self)

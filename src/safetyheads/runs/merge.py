@@ -1,7 +1,5 @@
 """Joins the directories of a run's shards: one file of each unit, once all that hold it agree."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Fingerprints, versions and facts about model and prompts, for manifests and results."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

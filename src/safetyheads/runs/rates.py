@@ -4,14 +4,12 @@ A record is one answer (`kept_answers.record_of`). Records are sorted by what wa
 prompts, each answered once a seed, so comparisons are paired.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,7 +104,7 @@ class GroupAnswers:
     """Surprise above which an answer is not coherent, in nats a token; None leaves that to the rules of words."""
 
     @classmethod
-    def of(cls, group: str, records: Iterable[Record], lead: str, limit: float | None = None) -> GroupAnswers:
+    def of(cls, group: str, records: Iterable[Record], lead: str, limit: float | None = None) -> Self:
         """Sort the records of one group by prompt and seed."""
         by_prompt: dict[int, dict[int, Record]] = {}
         for record in records:
@@ -128,7 +126,7 @@ class GroupAnswers:
         """Numbers of the prompts, in order."""
         return [seeds[0]["id"] for seeds in self.records]
 
-    def of_prompts(self, places: Iterable[int]) -> GroupAnswers:
+    def of_prompts(self, places: Iterable[int]) -> Self:
         """The answers to the prompts at these places alone."""
         return replace(self, records=tuple(self.records[at] for at in places))
 
@@ -245,15 +243,15 @@ class GroupAnswers:
 
     # Changes.
 
-    def change_from(self, before: GroupAnswers, label: Label = "complied") -> PairedDifference:
+    def change_from(self, before: Self, label: Label = "complied") -> PairedDifference:
         """How the rate of a label changed, over prompts that are scored in both; by default the ASR."""
         return paired_difference(before.verdicts(label), self.verdicts(label), self.clusters)
 
-    def coherent_change_from(self, before: GroupAnswers) -> PairedDifference:
+    def coherent_change_from(self, before: Self) -> PairedDifference:
         """How the rate that counts changed: that of coherent compliance."""
         return paired_difference(before.coherent(), self.coherent(), self.clusters)
 
-    def answered_change_from(self, before: GroupAnswers) -> PairedDifference:
+    def answered_change_from(self, before: Self) -> PairedDifference:
         """How the rate of prompts that are answered changed."""
         return paired_difference(before.answered(), self.answered(), self.clusters)
 

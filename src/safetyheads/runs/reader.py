@@ -1,7 +1,5 @@
 """Reads a finished audit or scan, for comparisons, histories and reports. Loads no model."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -182,7 +180,7 @@ class RunReader(FinishedRun):
         return super()._facts() | {"verdict": self.verdict or "a scan has none", "lead_heads": heads}
 
     @property
-    def scores(self) -> dict[str, HeadScores]:
+    def scores(self) -> dict[str, "HeadScores"]:
         """The run's scores of every head, by name; of a scan also the ASR of each head ablated alone."""
         import torch  # results are read without it
 
@@ -221,7 +219,7 @@ class RunReader(FinishedRun):
                 rows.append(place | told)
         return rows
 
-    def plot(self, kind: Literal["map", "curve", "scatter"] = "map") -> Chart:
+    def plot(self, kind: Literal["map", "curve", "scatter"] = "map") -> "Chart":
         """The heads as a map; an audit's ASR by group size as a curve; a scan's ASR against its first score."""
         scores = self.scores
         if kind == "map":

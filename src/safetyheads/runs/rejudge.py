@@ -4,8 +4,6 @@ An answer that was cut where the run's judges were final has no verdict of anoth
 it too. What is left then is no fair sample, so the whole rate is unscored.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

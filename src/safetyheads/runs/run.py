@@ -4,8 +4,6 @@ A run that was interrupted continues where it was: answers, scores and random gr
 again.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

@@ -4,14 +4,12 @@ A unit is what one stored file needs: a batch of groups in a pass, or a chunk of
 directory, or have one each that ``merge`` joins.
 """
 
-from __future__ import annotations
-
 import heapq
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.judges.base import Judge
@@ -46,7 +44,7 @@ class Shard:
         self._owners: dict[str, int] = {}
 
     @classmethod
-    def parse(cls, text: str | None, wait: float = 0.0, environment: Mapping[str, str] = os.environ) -> Shard:
+    def parse(cls, text: str | None, wait: float = 0.0, environment: Mapping[str, str] = os.environ) -> Self:
         """A shard as ``--shard`` takes it: ``I/N``, or ``env`` for what the job's environment says."""
         if text is None:
             return cls(wait=wait)
@@ -79,7 +77,7 @@ class Shard:
         """Judges as this process asks them: it holds them, unless others do."""
         return judges
 
-    def within(self, _: Path) -> Shard:
+    def within(self, _: Path) -> Self:
         """The same share of another run, one of several that this process carries out in directories of their own."""
         return self
 

@@ -1,7 +1,5 @@
 """Runs of one step: a ranking by mean Ships, a search for a group by any score, ASR under given groups."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial

@@ -1,7 +1,5 @@
 """Loads the model of a run, and names the run's directory."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ _KEY_DIGITS = 6
 Config = TypeVar("Config", bound=ModelOptions)
 
 
-def load_engine(config: ModelOptions, progress: Progress, proved: bool = True) -> Engine:
+def load_engine(config: ModelOptions, progress: Progress, proved: bool = True) -> "Engine":
     """Load a model with the libraries' own bars and remarks silenced."""
     refuse_missing(config.model)
     silence_libraries()

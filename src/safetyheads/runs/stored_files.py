@@ -3,15 +3,13 @@
 A file that was cut, edited, swapped or written for another run does not fit what it says, and is never used.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
 import msgspec
 
@@ -58,13 +56,13 @@ class Held:
     sha256: str = ""
     """Checksum of the other fields and the content."""
 
-    def with_checksum(self, content: bytes) -> Held:
+    def with_checksum(self, content: bytes) -> Self:
         """The same, with the checksum of such content."""
         about = canonical_json(asdict(replace(self, sha256="")))
         return replace(self, sha256=hashlib.sha256(about.encode() + content).hexdigest())
 
     @classmethod
-    def read(cls, text: str | bytes, content: bytes, count: int) -> Held:
+    def read(cls, text: str | bytes, content: bytes, count: int) -> Self:
         """What a file says, once it fits the content."""
         held = converted(parse_json(text, "its first line"), cls)
         if held.count != count:
@@ -112,7 +110,7 @@ def unpack_records(file: bytes) -> tuple[Held, list[Record]]:
 # Tensors: a safetensors file that says in its metadata what it holds.
 
 
-def pack_tensors(run: str, stage: str, key: str, tensors: Mapping[str, Tensor]) -> bytes:
+def pack_tensors(run: str, stage: str, key: str, tensors: Mapping[str, "Tensor"]) -> bytes:
     """A safetensors file."""
     import safetensors.torch  # torch is not needed to read results
     import torch
@@ -130,7 +128,7 @@ def pack_tensors(run: str, stage: str, key: str, tensors: Mapping[str, Tensor]) 
     return len(head).to_bytes(8, "little") + head + data
 
 
-def unpack_tensors(file: bytes) -> tuple[Held, dict[str, Tensor]]:
+def unpack_tensors(file: bytes) -> tuple[Held, dict[str, "Tensor"]]:
     """What a safetensors file says of itself, and the tensors."""
     import safetensors.torch
 

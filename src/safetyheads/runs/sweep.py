@@ -3,8 +3,6 @@
 Each audit has a run directory of its own in the sweep's folder, so a sweep that was killed continues.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace

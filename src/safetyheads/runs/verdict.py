@@ -4,8 +4,6 @@ Reads numbers only, so that every combination of them can be tried. docs/statist
 estimators, where the thresholds come from, and how often a model without concentrated heads is called concentrated.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping, Sequence

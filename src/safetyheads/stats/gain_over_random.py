@@ -8,8 +8,6 @@ worse. An answer without a verdict counts as not complied, so that every prompt 
 Its interval is crossed over the prompts and the random groups: others of both would move it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Every result is a frozen value that ``dataclasses.asdict`` turns into valid JSON
 (a rate of no answers) is None, never NaN.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import InitVar, dataclass, field

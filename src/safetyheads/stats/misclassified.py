@@ -5,8 +5,6 @@ specificity are carried over (Rogan and Gladen); where a random part of the very
 correct the rate of the rest (prediction-powered inference).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How many prompts a test needs, and how small a change it would have shown."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from functools import lru_cache
 

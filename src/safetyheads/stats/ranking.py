@@ -6,8 +6,6 @@ ASR itself are chosen with hindsight, so regrets are compared on halves of the p
 ASR of one half of the prompts as a score for the other half.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -185,7 +183,7 @@ class _Counts(NamedTuple):
     sizes: FloatArray
     """Prompts [n_clusters]."""
 
-    def of(self, clusters: NDArray[np.int64]) -> _Counts:
+    def of(self, clusters: NDArray[np.int64]) -> "_Counts":
         """Those of some clusters."""
         return _Counts(self.ones[clusters], self.sizes[clusters])
 

@@ -4,8 +4,6 @@ Prompts are drawn with replacement, whole clusters of near-duplicates together, 
 Scores are of heads as columns 0 to H - 1; which head a column is, the caller knows.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Paired changes, synergy of pairs of heads, significance tests and their corrections."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
