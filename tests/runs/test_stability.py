@@ -45,7 +45,7 @@ def audit(freed, kept=(N, N), categories=(None,) * N, size=2):
         PromptSet(tuple(Prompt(f"prompt {at}", category) for at, category in enumerate(categories))) for _ in range(2)
     ]
     found = stability_as_json(
-        measuring, HeadScores(SHIPS[:, None], "ships", "nats", 1e-6), [trace], answers, size, prompts, 0.05
+        measuring, HeadScores(SHIPS[:, None], "ships", "nats", 1e-6), [trace], answers, size, prompts
     )
     return found, measuring.asked, own
 

@@ -19,7 +19,6 @@ from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.runs.audit import (
     SEARCHED,
     SETS,
-    SIZE_TOLERANCE,
     GroupOutcome,
     audit_verdict,
     early_verdict,
@@ -126,7 +125,6 @@ def _audit(layers: int, heads: int, n: int, freed: tuple[float, ...]) -> dict[st
             [vanilla, *(outcome.answers for outcome in lead)],
             lead_group(vanilla, outcomes).size,
             [PromptSet.from_queries([f"prompt {at}" for at in range(n)]) for _ in range(2)],
-            SIZE_TOLERANCE,
         )
     model = {"name": "meta-llama/Llama-2-7b-chat-hf", "n_parameters": 6_738_415_616}
     model |= {"head_parameters": {"query": 524_288, "all": 2_097_152}}

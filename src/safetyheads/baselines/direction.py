@@ -187,15 +187,13 @@ def mean_states(engine: Engine, prompts: PromptSet, n_tokens: int = 1) -> Tensor
 def direction_removed(engine: Engine, direction: Tensor, share: float = 1.0) -> Iterator[None]:
     """Within, the model runs without the direction r [d_model]: x <- x - r^ (r^ . x) at every token; restored after.
 
-    It is removed at the first block's input and at every attention's and block's output; the MLP's is freed with the
-    block's. What mixes tokens instead of attention in a hybrid is freed at the block's output, after the MLP has read
-    it. A norm after attention (OLMo 2, Gemma 2) may bring some of the direction back until the block ends.
+    It is removed at the first block's input and at every attention's and block's output. What mixes tokens instead of
+    attention in a hybrid is freed at the block's output, after the MLP has read it. A norm after attention (OLMo 2,
+    Gemma 2) may bring some of the direction back until the block ends.
 
     A share below 1 is that share of whatever is written to the stream, once: of the embeddings, of what attention adds
-    and of what the block adds beside it, as the weight edit (I - share r^ r^^T) W_out does it; norms between W_out and
-    the stream (OLMo 2, Gemma 2) come before it here and after it there. A family's scaling of the stream itself in a
-    block (Gemma 4, MiniMax) counts among what the block writes. Scores by replay run a captured layer again and may
-    pass the first block's input twice: take them at a share of 1, where that changes nothing.
+    and of what the block adds beside it, as the weight edit (I - share r^ r^^T) W_out does it, but after those norms.
+    Scores by replay may pass the first block's input twice: take them at a share of 1, where that changes nothing.
     """
     unit = _unit(engine, direction)
 

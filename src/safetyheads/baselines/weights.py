@@ -1,16 +1,12 @@
 """Edits of weights: Wanda, SparseGPT, what refusals need and benign answers do not by differences of scores, ActSVD.
 
-Plain pruning takes every linear layer of the decoder layers to one sparsity, layer by layer; later layers are
-calibrated on the outputs of pruned earlier ones, over benign and harmful text with the model's answers. It is not aimed
-at refusals: Fig 6b shows what it costs in utility.
+Plain pruning takes every linear layer of the decoder layers to one sparsity, calibrated on benign and harmful text with
+the model's answers. It is not aimed at refusals: Fig 6b shows what it costs in utility.
 
 The differences are Wei et al.'s (2024, "Assessing the brittleness of safety alignment via pruning and low-rank
 modifications", Sec 3.2): in each row of W, the top q by a score (SNIP's or Wanda's) over refusals, less the top p by
 the same score over benign answers. Scores are of the unedited model; tokens of answers count, those of prompts do not.
-
 ActSVD, of the same paper (Sec 3.3), removes the directions that the outputs of linear layers take on refusals.
-Z = X W^T [n_tokens, d_out] are a linear layer's outputs, so its right singular vectors V [d_out, k] act on the left of
-W [d_out, d_in]: after W - V V^T W, no output has a part along V.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

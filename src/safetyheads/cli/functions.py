@@ -36,7 +36,7 @@ def audit(
         model: a name, a directory, a hub id or a loaded engine.
         prompts: harmful prompts, as ``--prompts`` takes them.
         out: the run directory; one that holds part of this run is continued. By default a name of its own in ``runs/``.
-        preset: settings by name, ``quick``, ``standard`` or ``paper``; settings that are given win over it.
+        preset: ``quick``, ``standard`` or ``paper``; settings that are given win over it.
         quiet: show no progress.
         settings: fields of :class:`.AuditConfig`, such as ``limit=60``, ``size=3``, ``judges=("paper",)``.
 

@@ -285,9 +285,8 @@ def carry_out_by_workers(
     """The results of a run that workers under Ray carry out, as written; arguments as for :func:`.run.carry_out`.
 
     The ``address`` is that of a cluster, ``auto`` for the one at hand, or ``local`` for one of this machine alone.
-    There are as many workers as have room, by default. One without GPUs takes a CPU a thread, by default one. Judge
-    models are held by ``n_juries`` actors, each with the GPUs of a worker if judges need any, or by each worker.
-    ``load`` gives a worker its engine, proved.
+    By default as many workers as have room; one without GPUs takes a CPU a thread. Judge models are held by
+    ``n_juries`` actors, each with the GPUs of a worker if judges need any, or by each worker.
 
     Raises:
         InputError: as one process would, or Ray is missing, or no worker has room.

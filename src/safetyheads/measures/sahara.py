@@ -27,12 +27,8 @@ def sahara(
 
     Equal scores are settled by layer, then index, so the order of ``heads`` does not matter; the trace holds ties.
 
-    Args:
-        scorer: more means more effect.
-        heads: the candidates, usually ``engine.heads``.
-        steps: size of the group; the paper finds 3 best.
-        narrow: given the group so far, the heads that are worth scoring; by default all. The others are NaN in the
-            step's table.
+    ``heads`` are the candidates, usually ``engine.heads``; the paper takes 3 steps. ``narrow`` says which are worth
+    scoring beside the group so far; the others are NaN in the step's table.
 
     Raises:
         InputError: more steps than heads, or fewer than one.

@@ -94,14 +94,8 @@ def scorer_named(
 ) -> FunctionScorer:
     """A scorer of groups of heads by the score's name; the unablated model is captured once, here.
 
-    Args:
-        engine: the model.
-        prompts: harmful queries under their template.
-        ablation: of the groups' heads.
-        score: its name, or with settings.
-        openers: for refusal scores, R; by default those of the model's own unablated refusals of these prompts.
-        judge: finds these refusals; by default ``phrases`` where the model has a chat template, else ``paper``.
-        on_groups: called with the number of groups just scored.
+    A refusal score takes R from ``openers``, by default those of the model's own unablated refusals of these prompts,
+    which ``judge`` finds: by default ``phrases`` where the model has a chat template, else ``paper``.
 
     Raises:
         InputError: an unknown score, or prompts that it cannot work with.
@@ -134,10 +128,8 @@ def scorer_of(measuring: HeadPass, score: Score | str, on_groups: OnGroups = Non
 def ships(engine: Engine, prompts: AnyPrompts, ablation: AnyAblation, positions: int = 1) -> HeadScores:
     """Ships of every head, prompt by prompt (Eq 9): values [n_prompts, n_layers, n_heads], in nats.
 
-    ``positions`` first tokens of the unablated answer, teacher-forced, are averaged over; 1 is the paper's.
-
-    Raises:
-        InputError: a prompt longer than the model's context; ``positions`` below 1.
+    ``positions`` first tokens of the unablated answer, teacher-forced, are averaged over; 1 is the paper's. An
+    InputError where they are below 1, or a prompt is longer than the model's context.
     """
     measuring = HeadPass(
         engine, answer_sequences(engine, prompts, positions), Ablation.parse(ablation), Readouts(ships=True)
@@ -197,10 +189,8 @@ def generalized_ships(
     """A scorer of groups: Generalized Ships (Eq 11), in degrees; its settings are those of :class:`Score`.
 
     ``prompt`` takes left singular vectors as the released code does, and sees only a change in how prompts load on the
-    main direction; ``representation`` takes right ones as in the paper's text.
-
-    Raises:
-        InputError: fewer than two prompts, or a rank that they do not allow (:func:`.subspace.refuse_rank`).
+    main direction; ``representation`` takes right ones as in the paper's text. An InputError where there are fewer than
+    two prompts, or they do not allow the rank (:func:`.subspace.refuse_rank`).
     """
     score = Score(f"generalized_ships_{space}", rank=rank, state=state, centred=centred)
     return scorer_named(engine, prompts, ablation, score)

@@ -102,11 +102,8 @@ class Engine(Shown):
     def load(cls, path: str, options: LoadOptions | None = None, *, check: bool = True, **settings: Any) -> Self:
         """Load a checkpoint and prove on its own weights that ablations are exact.
 
-        Args:
-            path: a local directory or a hub id.
-            options: how it is loaded.
-            check: run :meth:`check`; an unproved model may give wrong scores.
-            settings: fields of :class:`LoadOptions` by name, over ``options``.
+        ``path`` is a local directory or a hub id; ``settings`` are fields of :class:`LoadOptions` by name, over
+        ``options``. Without ``check`` nothing is proved, and scores may be wrong.
 
         Raises:
             InputError: the checkpoint cannot be loaded.
@@ -138,11 +135,8 @@ class Engine(Shown):
         Example:
             >>> with Engine.wrap(model, tokenizer) as engine: ...
 
-        Args:
-            model: a transformers model, or a peft model around one.
-            tokenizer: its tokenizer.
-            name: what results call it; by default as its config says.
-            memory: most GiB that batches may take beside the weights; half of what is free by default.
+        The model is one of transformers, or peft's around one. ``name`` is what results call it, by default as its
+        config says. ``memory`` is the most GiB that batches may take beside the weights; by default half of the rest.
 
         Raises:
             InputError: it is compiled, spread over processes, no transformers model, or broken.

@@ -126,8 +126,7 @@ class PromptSet(Table):
             column: the column (CSV) or field (JSONL) with the query; None looks for the usual names.
             reference_column: the one with the beginning of the right answer; no column counts without being named.
             category_column: the one with the category; None takes ``category``, where there is one.
-            context_column: the one with a text in front of the query; None looks for the usual names, ``none`` leaves
-                such a text out.
+            context_column: the one with a text before the query; None looks for usual names, ``none`` leaves it out.
             system: system prompt; without a template it means ``chat``.
             limit: use only so many prompts, sampled by category where there is one (:meth:`sample`).
             seed: of the sample.

@@ -225,7 +225,7 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     if not config.screen and not config.chosen_size:
         searches, answers = [traces[name] for name in SEARCHED], [vanilla, *(outcome.answers for outcome in of_lead)]
         found = harmful, by_prompt[LEAD], searches, answers, group.size
-        stability = stability_as_json(*found, [asked[f"{kind}_search"].prompts for kind in KINDS], SIZE_TOLERANCE)
+        stability = stability_as_json(*found, [asked[f"{kind}_search"].prompts for kind in KINDS])
     if not config.chosen_size:
         lead = [(outcome.answers["harmful_test"], outcome.random, outcome.drawn) for outcome in of_lead]
         concentration = concentration_as_json(lead, vanilla["harmful_test"])
@@ -339,7 +339,7 @@ def _outcomes(
     together(*(partial(answer, name, unique) for name in ("harmful_search", "benign_search")))
     if config.chosen_size:
         of_size = [{name: answers[name][group] for name in answers} for group in unique]
-        (size,) = chosen_sizes([vanilla, *of_size], SIZE_TOLERANCE)
+        (size,) = chosen_sizes([vanilla, *of_size])
         listed = [(LEAD, traces[LEAD].group[:size])]
         unique = [tuple(sorted(listed[0][1]))]
     controls = run.random_groups(unique, config.n_random, config.seed)
@@ -402,7 +402,7 @@ def answered_before(unablated: GroupAnswers) -> list[int]:
 def lead_group(vanilla: Mapping[str, GroupAnswers], outcomes: Sequence[GroupOutcome]) -> GroupOutcome:
     """The lead search's group, of the size that does best on the search half (:func:`chosen_sizes`)."""
     candidates = [outcome for outcome in outcomes if outcome.scorer == LEAD]
-    (size,) = chosen_sizes([vanilla, *(outcome.answers for outcome in candidates)], SIZE_TOLERANCE)
+    (size,) = chosen_sizes([vanilla, *(outcome.answers for outcome in candidates)])
     return candidates[size - 1]
 
 
@@ -556,7 +556,6 @@ def stability_as_json(
     answers: Sequence[Mapping[str, GroupAnswers]],
     size: int,
     prompts: Sequence[PromptSet],
-    tolerance: float,
 ) -> dict[str, Any]:
     """How stable an audit's group and ranking are, as JSON.
 
@@ -564,15 +563,14 @@ def stability_as_json(
         measuring: the pass over the harmful search prompts that the searches used.
         alone: mean Ships of every head alone, prompt by prompt.
         traces: the search that the group is from, and others of the same pass, whose steps cost nothing here.
-        answers: by prompt set: of the unablated model, then under that search's group of each size.
+        answers: as :func:`chosen_sizes` takes them.
         size: heads in the group.
         prompts: harmful and benign search prompts.
-        tolerance: the smallest size within it of the best gain is chosen.
     """
     heads = measuring.engine.heads
     harmful, benign = (_weights(prompt_set, seed) for seed, prompt_set in enumerate(prompts))
     search = _searched_again(measuring, traces, size, harmful, alone.resolution)
-    chosen = chosen_sizes(answers, tolerance, harmful, benign)
+    chosen = chosen_sizes(answers, harmful, benign)
     values = alone.values[:, [head.layer for head in heads], [head.index for head in heads]].numpy()
     best = np.argsort(-values.mean(axis=0), kind="stable")[:N_LISTED].tolist()
     listed = list(dict.fromkeys([*best, *map(heads.index, traces[0].group[:size])]))
@@ -641,21 +639,17 @@ def _searched_again(
 
 def chosen_sizes(
     answers: Sequence[Mapping[str, GroupAnswers]],
-    tolerance: float,
     harmful: FloatArray | None = None,
     benign: FloatArray | None = None,
 ) -> NDArray[np.int64]:
     """The size of group that does best on the search half, on each resample [n_draws].
 
     A size's gain is its share of harmful prompts coherently complied with, unscored ones counting as not, less the
-    share of benign answers that it loses. The smallest size within the tolerance of the best gain is taken, so that a
-    group holds no head that adds next to nothing. Benign prompts of the search half choose nothing else.
+    share of benign answers that it loses. The smallest size within :data:`SIZE_TOLERANCE` of the best gain is taken, so
+    that a group holds no head that adds next to nothing. Benign prompts of the search half choose nothing else.
 
-    Args:
-        answers: by prompt set: of the unablated model, then under the group of each size from 1 on.
-        tolerance: what a smaller size may gain less.
-        harmful: weight of each prompt in each resample [n_draws, n_prompts]; by default all alike, once.
-        benign: likewise.
+    ``answers`` are of the unablated model, then under the group of each size from 1 on, by prompt set; ``harmful`` and
+    ``benign`` weigh each prompt in each resample [n_draws, n_prompts], by default all alike, once.
     """
     complied = np.array([np.nan_to_num(under["harmful_search"].coherent()).mean(axis=1) for under in answers[1:]])
     answered = np.array([under["benign_search"].answered().mean(axis=1) for under in answers])
@@ -666,7 +660,7 @@ def chosen_sizes(
     shares = benign @ answered.T
     gains = harmful @ complied.T - np.maximum(0.0, shares[:, :1] - shares[:, 1:])
     # Rates are fractions, and some that are exactly the tolerance apart differ from it in the last bit.
-    sizes: NDArray[np.int64] = 1 + (gains >= gains.max(axis=1, keepdims=True) - tolerance - 1e-9).argmax(axis=1)
+    sizes: NDArray[np.int64] = 1 + (gains >= gains.max(axis=1, keepdims=True) - SIZE_TOLERANCE - 1e-9).argmax(axis=1)
     return sizes
 
 

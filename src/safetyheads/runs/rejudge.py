@@ -45,13 +45,10 @@ CUT = "answers of this rate were cut where the run's own judges were final; it n
 def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str, Any]) -> dict[str, Any]:
     """Judge a run's stored answers again, store the verdicts, and add them to its results.
 
-    ``started`` is what the manifest records of this start.
-
-    Returns:
-        As JSON: names of the ``judge`` and of the run's ``lead`` judge, with which it is compared; ``rates`` that
-        comply by both, by set and what was ablated; ``n_rows`` (answers), ``n_unscored`` (the judge failed, or the
-        rate holds answers that were cut too early for it) with the reasons in ``unscored``, ``kappa`` on complied or
-        not, ``n_differing``, and ``seconds`` of this start.
+    ``started`` is what the manifest records of this start. Gives, as JSON, the names of the ``judge`` and of the run's
+    ``lead`` judge, the ``rates`` that comply by both, by set and what was ablated, ``n_rows`` (answers), ``n_unscored``
+    (the judge failed, or the rate holds answers that were cut too early for it) with the reasons in ``unscored``,
+    ``kappa`` on complied or not, ``n_differing``, and ``seconds`` of this start.
     """
     opened = open_judged(folder)
     results = opened.read_results()
@@ -306,11 +303,9 @@ def validate(
     """How right a run's judges are by people's labels, and its rates corrected for that; added to its results.
 
     Labels of this run's own answers say it of every judge of the run. Labels of other answers are put to ``judges``,
-    which the caller names as in the run.
-
-    Returns:
-        By judge: ``own`` (whether the labels are of this run's answers), ``n_labels``, ``accuracy`` (of ``complied``
-        and ``refused``: sensitivity, specificity, n) and ``rates`` (``raw`` and ``corrected``, by what was ablated).
+    which the caller names as in the run. Gives, by judge, ``own`` (whether the labels are of this run's answers),
+    ``n_labels``, ``accuracy`` (of ``complied`` and ``refused``: sensitivity, specificity, n) and ``rates`` (``raw`` and
+    ``corrected``, by what was ablated).
     """
     labelled = read_sheet(path)
     directory, records = _stored(folder)

@@ -74,11 +74,8 @@ def rogan_gladen(judged: FloatArray, accuracy: Accuracy, clusters: Sequence[int]
     Epidemiology 107, 1978). The interval is that of Lang and Reiczigel (Preventive Veterinary Medicine 113, 2014):
     every share is drawn to 1/2, and the errors of all three add up. It needs a judge that is better than chance.
 
-    Args:
-        judged: the judge's verdicts [n_prompts, n_answers]: 0, 1, or NaN where it gave none. Several answers to a
-            prompt count as many as their variance between prompts leaves.
-        accuracy: of the judge.
-        clusters: which prompts are near-duplicates of each other [n_prompts].
+    ``judged`` are the judge's verdicts [n_prompts, n_answers]: 0, 1, or NaN where it gave none. Several answers to a
+    prompt, or to ``clusters`` of near-duplicates [n_prompts], count as many as their variance leaves.
     """
     labels = (accuracy.sensitivity, accuracy.specificity)
     count, size = independent_count(judged, clusters)
@@ -115,12 +112,9 @@ def prediction_powered(
     judge gave that verdict. For two verdicts this is the prediction-powered estimate of least variance (Angelopoulos et
     al., Science 382, 2023, and PPI++). Labelled answers that the judge left unscored are left out, as in the raw rate.
 
-    Args:
-        judged: the judge's verdicts [n_prompts, n_answers]: 0, 1, or NaN where it gave none.
-        truth: people's labels, likewise: 0, 1, or NaN where there is none; which ones are labelled is chance.
-        seed: of the draws behind the interval: each share from its posterior under Jeffreys' prior, of as many answers
-            as several to a prompt, or to near-duplicates, are worth.
-        clusters: which prompts are near-duplicates of each other [n_prompts].
+    ``judged`` and ``clusters`` are as in :func:`rogan_gladen`, ``truth`` people's labels [n_prompts, n_answers], NaN
+    where there is none; which ones are labelled is chance. Behind the interval each share is drawn from its posterior
+    under Jeffreys' prior, of as many answers as several to a prompt, or to near-duplicates, are worth.
     """
     truth = np.where(np.isnan(judged), np.nan, truth)
     n_labelled = int((~np.isnan(truth)).sum())

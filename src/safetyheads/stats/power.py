@@ -30,14 +30,9 @@ def smallest_change_with_power(
     Holm's and never easier than Tarone's). Assumed: no prompt is lost, so that the changed pairs are binomial. With
     several answers a prompt, those to one prompt are taken to change together, which is the worst case; and where the
     rate before is not 0, answers are drawn anew, so that some are lost by chance: the larger of both changes is given.
-    Near-duplicates, too, are taken to change together: then the test sees as many changes as clusters that changed.
+    Near-duplicates, too, are taken to change together: then ``n`` counts their clusters.
 
-    Args:
-        n: prompts; where there are near-duplicates, clusters of them.
-        p0: the rate before; a rise is at most ``1 - p0``.
-        alpha: level of the test.
-        tests: tests that the level is shared by.
-        n_seeds: answers a prompt.
+    ``p0`` is the rate before, so that a rise is at most ``1 - p0``; ``n_seeds`` are the answers a prompt.
     """
     if n < 0 or tests < 1 or not 0 < alpha < 1 or not 0 <= p0 <= 1:
         raise InputError(f"no power for n={n}, p0={p0}, alpha={alpha}, tests={tests}")

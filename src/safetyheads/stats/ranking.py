@@ -494,9 +494,8 @@ def shrunken_rates(counts: Sequence[float], sizes: Sequence[float]) -> tuple[Shr
     nothing, a few free most prompts, and it pulls those few too far. The highest of a thousand raw rates is high by
     luck; shrunken, the error is smaller on average over heads.
 
-    Args:
-        counts: answers that comply, head by head; effective ones where answers are not independent.
-        sizes: scored answers, head by head; a head with none gets the distribution of all.
+    ``counts`` are answers that comply, head by head, effective ones where answers are not independent; ``sizes`` are
+    scored answers. A head with none gets the distribution of all.
     """
     ones, n = np.asarray(counts, float), np.asarray(sizes, float)
     if ones.shape != n.shape or (ones < 0).any() or (ones > n + 1e-9).any():

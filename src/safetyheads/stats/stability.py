@@ -37,14 +37,9 @@ def resampled(
 ) -> FloatArray:
     """Weights [n_draws, n] of the prompts in each resample; the weights of a resample sum to 1.
 
-    Args:
-        n: prompts.
-        n_draws: resamples.
-        clusters: prompts of equal value [n] come and go together; by default each is alone.
-        strata: as many clusters are drawn from each stratum [n] as it has; a cluster lies in the stratum of its first
-            prompt. By default there is one stratum.
-        size: prompts, or clusters, in a resample; by default as many as there are. It goes without strata.
-        seed: of the draws.
+    Prompts of equal value in ``clusters`` [n] come and go together; by default each is alone. As many clusters are
+    drawn from each of the ``strata`` [n] as it has; a cluster lies in the stratum of its first prompt. ``size``, which
+    goes without strata, is the number of prompts, or clusters, in a resample; by default as many as there are.
     """
     generator = np.random.default_rng(seed)
     member = places_of(n, clusters)
@@ -87,11 +82,8 @@ def rank_stability(
     their bootstrapped t statistics; heads whose interval leaves 0 out are surely better or worse. Ranks that are merely
     resampled are too sure where heads nearly tie.
 
-    Args:
-        values: [n_prompts, n_heads]; NaN throughout for a head without a score.
-        columns: heads to tell of, usually the best ones.
-        weights: of the resamples [n_draws, n_prompts].
-        resolution: means this close are ties.
+    ``values`` are [n_prompts, n_heads], NaN throughout for a head without a score; ``weights`` are of the resamples
+    [n_draws, n_prompts]. Means within ``resolution`` are ties.
     """
     scored = ~np.asarray(np.isnan(values).any(axis=0))
     known, mean = values[:, scored], values.mean(axis=0)
@@ -167,15 +159,8 @@ def prompts_needed(
 
     Prompts are drawn with replacement, as from a population of which these are the sample. So the overlap is not 1 at
     the number that there are, and can be told for up to four times as many. Heads within ``resolution`` of the last of
-    the top k count as in it.
-
-    Args:
-        values: [n_prompts, n_heads] without NaN.
-        tops: sizes of the top lists.
-        n_draws: resamples of each size.
-        resolution: means this close are ties.
-        seed: of the draws.
-        clusters: near-duplicates [n_prompts], drawn whole: as many as have so many prompts on average.
+    the top k count as in it. ``values`` are [n_prompts, n_heads] without NaN; ``clusters`` of near-duplicates
+    [n_prompts] are drawn whole: as many as have so many prompts on average.
     """
     n, n_heads = values.shape
     share = 1.0 if clusters is None else len(set(clusters)) / n

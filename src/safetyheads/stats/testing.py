@@ -58,12 +58,9 @@ def paired_difference(
 ) -> PairedDifference:
     """Compare two outcomes of the same prompts, in the same order.
 
-    Args:
-        before: outcomes [n_prompts], or [n_prompts, n_answers]: 0, 1, or NaN for an answer without a verdict. A prompt
-            without any verdict on one side is left out.
-        after: the same prompts; the number of answers may be another.
-        clusters: which prompts are near-duplicates of each other [n_prompts]; by default each stands alone.
-        confidence: level of the interval.
+    Outcomes are [n_prompts], or [n_prompts, n_answers], in another number on each side: 0, 1, or NaN for an answer
+    without a verdict. A prompt without any verdict on one side is left out. Near-duplicates of each other are in one of
+    the ``clusters`` [n_prompts]; by default each stands alone.
     """
     if len(before) != len(after):
         raise InputError(f"paired outcomes differ in length: {len(before)} before, {len(after)} after")
@@ -182,11 +179,8 @@ def tarone(p_values: Sequence[float], least: Sequence[float]) -> tuple[float, ..
     level; G. Hommel and F. Krummenauer (Biometrics 54, 1998) made it a step-down for every level. A p value is
     multiplied by the number of tests not yet rejected that could have given one as small; the family-wise error rate
     holds as Holm's does, and nothing is rejected less often.
-
-    Args:
-        p_values: of all tests, in any order.
-        least: the least p value that each test can give, by what it conditions on; 2 * .5**d for McNemar's of d changed
-            pairs (:attr:`PairedDifference.least_p`).
+    ``least`` is the least p value that each test can give, by what it conditions on; 2 * .5**d for McNemar's of d
+    changed pairs (:attr:`PairedDifference.least_p`).
     """
     p, floor = np.asarray(p_values, float), np.asarray(least, float)
     if p.shape != floor.shape or not ((p >= 0) & (p <= 1)).all() or (p < floor * (1 - 1e-9)).any():
@@ -248,12 +242,8 @@ def log_odds_synergy(
     The interval combines those of the four log-odds (Jeffreys), each with its distance on the side that counts, as
     Newcombe's does; the correlations between them are those of the prompts' outcomes.
 
-    Args:
-        both: share of answers that comply under both heads [n_prompts]; use prompts that did not choose the heads.
-        first: under the first alone.
-        second: under the second alone.
-        before: unablated.
-        clusters: which prompts are near-duplicates of each other [n_prompts]; by default each stands alone.
+    All are shares of answers that comply [n_prompts]: under both heads, under each alone, and unablated, for prompts
+    that did not choose the heads. ``clusters`` are as in :func:`paired_difference`.
     """
     values = np.array([both, first, second, before], float)
     n = values.shape[1]
