@@ -27,12 +27,16 @@ from typing import Self
 
 import pytest
 
-DEMO = "demo:aligned_a --prompts demo --judge paper --judge phrases --limit 3 --max-new-tokens 10 --threads 1 --quiet"
+LITTLE = "--prompts demo --limit 3 --threads 1 --quiet --out OUT"
+DEMO = f"demo:aligned_a --judge paper --judge phrases --max-new-tokens 10 {LITTLE}"
 # Those of the second group read a finished run, which is copied before.
 COMMANDS = {
-    "audit": f"audit {DEMO} --benign demo --n-random 2 --size 2 --anyway --out OUT",
-    "scan": f"scan {DEMO} --benign demo --pairs 3 --prefixes 2 --n-random 2 --query-level 2 --out OUT",
-    "asr": f"asr {DEMO} --heads 1-3,2-5 --query-level 2 --out OUT",
+    "audit": f"audit {DEMO} --benign demo --n-random 2 --size 2 --anyway",
+    "scan": f"scan {DEMO} --benign demo --pairs 3 --prefixes 2 --n-random 2 --query-level 2",
+    "asr": f"asr {DEMO} --heads 1-3,2-5 --query-level 2",
+    "ships": f"ships demo:aligned_a {LITTLE}",
+    "sahara": f"sahara demo:aligned_a --size 2 {LITTLE}",
+    "sweep": f"sweep --model {DEMO} --ablation ua --ablation sc --benign demo --n-random 2 --size 1 --anyway",
     "reproduce": "reproduce fig13 --limit 4 --threads 1 --quiet --out OUT",
     "eval": "eval demo:aligned_a --tasks organism --limit 4 --heads 1-3 --threads 1 --quiet --out OUT",
     "judge": "judge OUT --judge released --quiet",
@@ -41,8 +45,8 @@ COMMANDS = {
 }
 READING = ("judge", "report", "compare")
 """Commands that are given a finished scan."""
-WITHOUT_BYTES = ("starts", "set-aside", "timings.json", ".lock-", ".gitignore")
-"""What may differ between two runs of the same bytes: dates, seconds, what was set aside."""
+WITHOUT_BYTES = ("starts", "set-aside", "timings.json", ".lock-", ".gitignore", "history.html")
+"""What may differ between two runs of the same bytes: dates (a sweep's page has them), seconds, what was set aside."""
 
 # Loads the model and all modules once, and forks for each line "moment how arguments": the moment at which the
 # process is killed in seconds of its processor time (by a signal without a handler, as kill -9), or as
@@ -164,7 +168,7 @@ class Whole:
 
 def whole_run(commands: Commands, name: str, folder: Path, given: Path | None = None) -> Whole:
     """The command uninterrupted."""
-    out = folder / name
+    out = folder / name / "run"  # pages name their folder
     whole = Whole(out, given, 0, 0.0)
     whole.fresh(out)
     status, writes, seconds = commands.run(name, out)
@@ -180,7 +184,7 @@ def contents(out: Path) -> dict[str, bytes]:
     return {
         name: path.read_bytes().replace(str(out).encode(), b"OUT")
         for name, path in files.items()
-        if not name.startswith(WITHOUT_BYTES)
+        if not any(part.startswith(WITHOUT_BYTES) for part in name.split("/"))
     }
 
 
@@ -238,7 +242,7 @@ def kills(
         for name, whole in wholes.items():
             moment = chosen.uniform(0, whole.seconds) if number % 2 else chosen.randint(1, whole.writes)
             how = chosen.choice(("before", "half", "after"))
-            where, holds = survives(commands, name, whole, folder / "killed", moment, how)
+            where, holds = survives(commands, name, whole, folder / "killed" / "run", moment, how)
             yield f"{name} {where}", holds
 
 

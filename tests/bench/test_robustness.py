@@ -34,7 +34,7 @@ def killed_and_started_again(commands, whole, name, share, tmp_path):
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "eval"])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("eval", "sweep")])
 def test_killed_and_started_again(commands, whole, tmp_path, name, share):
     killed_and_started_again(commands, whole, name, share, tmp_path)
 
