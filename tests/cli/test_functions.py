@@ -30,6 +30,13 @@ def test_a_function_writes_what_the_command_writes(runs):
     assert read_run(audited.path).results == audited.results
 
 
+def test_one_text_stands_for_a_list_of_one(tmp_path):
+    engine = load_demo("aligned_a").engine
+    scanned = scan(engine, "demo", tmp_path / "scan", benign="none", groups="1-3,2-5", judges="paper", **SMALL)
+    config = scanned.config
+    assert (config["groups"], [judge["name"] for judge in config["judges"]]) == (["1-3,2-5"], ["paper"])
+
+
 def test_the_tables_of_a_run_hold_its_results(runs):
     audited, scanned = runs["audit"].to_frame(), runs["scan"].to_frame()
     groups = runs["audit"].results["behaviour"]["groups"]

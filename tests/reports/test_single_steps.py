@@ -42,6 +42,13 @@ def test_a_finished_step_is_read_as_a_table(runs: Path) -> None:
     read = {kind: read_run(runs / kind) for kind in ("asr", "ships", "sahara")}
     assert [row["heads"] for row in read["asr"].to_rows()] == ["none", "1-3, 2-5", "1-3", "each prompt's top 1"]
     assert {run.metrics()["n"] for run in read.values()} == {12}
+    best = read["ships"].results["heads"][0]
+    assert read["ships"].scores["mean_ships"][best["head"]] == best["mean"]
+    mapped, curve = (next(iter(read[kind].plot().to_dict()["datasets"].values())) for kind in ("ships", "sahara"))
+    assert max(mapped, key=lambda row: row["mean_ships"])["head"] == int(best["head"].split("-")[1])
+    assert [row["size"] for row in curve] == [1, 2]
+    with pytest.raises(InputError, match="no chart of a run of asr"):
+        read["asr"].plot()
     assert [row["chosen"] for row in read["sahara"].to_frame().to_dict("records")] == read["sahara"].results["group"]
     with pytest.raises(InputError, match="is a run of ships; audits and scans"):
         compare(runs / "ships", runs / "ships")

@@ -1,6 +1,7 @@
 """The history of a folder: order, changes, and what is skipped."""
 
 import json
+import os
 
 import pytest
 from run_samples import N, audit_run, first, rewritten, scan_run, settings
@@ -53,6 +54,27 @@ def test_times_are_compared_across_zones_and_other_settings_are_named(tmp_path):
     assert [entry["name"] for entry in found] == ["b", "a"]
     assert found[1]["other_settings"] == ("judge", "precision", "prompts")
     assert not found[1]["change"]["paired"]
+
+
+def test_a_folder_whose_name_is_no_text_hides_no_run(folder, run):
+    odd = os.fsdecode(b"\xff")
+    (folder / "late").rename(folder / odd)
+    assert [entry["name"] for entry in read_history(folder)["runs"]] == ["deep/early", "scanned", "\\udcff"]
+    other = folder / "deep" / "early"
+    for command in (
+        ("history", folder),
+        ("report", folder / odd),
+        ("verify", folder / odd),
+        ("status", folder / odd),
+        ("compare", folder / odd, other, "--report", folder / "compared"),
+        ("compare", other, folder / odd, "--json"),
+        ("judge", folder / odd, "--judge", "phrases"),
+        ("history", folder / odd),
+    ):
+        _, _, err = run(*command)
+        assert "Traceback" not in err, command
+        assert "surrogates" not in err
+    assert "\\udcff" in (folder / "history.html").read_text()
 
 
 def test_unreadable_runs_are_skipped_with_their_reason(folder):

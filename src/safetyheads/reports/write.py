@@ -39,6 +39,11 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> tuple[
     ``show_completions`` puts the answers to harmful prompts into the page, folded away and as text; the pages of a
     reproduction never hold any, and a warning says so.
     """
+    with run.writing():  # a judge that adds to the results, and another report, come before or after
+        return _written(run, show_completions)
+
+
+def _written(run: RunDirectory, show_completions: bool) -> tuple[Path, Page]:
     results = run.read_results()
     kind, version = results.get("kind"), results.get("schema_version")
     if version != SCHEMA_VERSION or kind not in (*PAGES, "reproduction"):

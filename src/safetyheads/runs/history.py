@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.errors import InputError, SafetyheadsError, unicode_text
 from safetyheads.files import canonical_json
 from safetyheads.runs.compare import SETTINGS, differing_settings, vanilla_asr_change
 from safetyheads.runs.reader import RunReader
@@ -66,7 +66,7 @@ def read_history(folder: Path, alike: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _name(folder: Path, path: Path) -> str:
-    return str(path.relative_to(folder)) if path != folder else path.resolve().name
+    return unicode_text(str(path.relative_to(folder)) if path != folder else path.resolve().name)
 
 
 def _entry(folder: Path, run: RunReader, previous: RunReader | None) -> dict[str, Any]:

@@ -104,6 +104,39 @@ class FinishedRun(Table):
             for entry in self.results[field]
         ]
 
+    @property
+    def scores(self) -> dict[str, "HeadScores"]:
+        """The run's scores of every head, by name; of a scan also the ASR of each head ablated alone."""
+        import torch  # results are read without it
+
+        from safetyheads.scores import HeadScores
+
+        scores, model = {}, self.results["model"]
+        for name, table in self.tables().items():
+            values = torch.full((model["n_layers"], model["n_heads"]), float("nan"), dtype=torch.float64)
+            for head, value in table.values.items():
+                values[tuple(map(int, head.split("-")))] = value
+            scores[name] = HeadScores(values, name, "", table.resolution)
+        return scores
+
+    def tables(self) -> dict[str, HeadTable]:
+        """Each score of all heads, by name; none where the run has no such score."""
+        if self.kind != "ships":
+            return {}
+        values = {entry["head"]: entry["mean"] for entry in self.results["heads"]}
+        return {self.results["score"]: HeadTable(self.results["score"], _scored(values), 0.0)}
+
+    def plot(self) -> "Chart":
+        """The heads as a map; of a search its score step by step, of rates each group's."""
+        if self.kind == "sahara":
+            steps = [{"size": size, **row} for size, row in enumerate(self.to_rows(), start=1)]
+            return chart(
+                "curve", [{**row, "found_by": self.results["score"]} for row in steps], "size", "score", "found_by"
+            )
+        if self.kind == "ships":
+            return self.scores[self.results["score"]].plot()
+        raise InputError(f"no chart of a run of {self.kind}; .to_frame() gives its table")
+
     def metrics(self) -> dict[str, float]:
         """The results' numbers by dotted name, without the tables of scores and reasons: ``wandb.log(run.metrics())``.
 
@@ -178,21 +211,6 @@ class RunReader(FinishedRun):
     def _facts(self) -> dict[str, object]:
         heads = ", ".join(self.lead_heads) or "none"
         return super()._facts() | {"verdict": self.verdict or "a scan has none", "lead_heads": heads}
-
-    @property
-    def scores(self) -> dict[str, "HeadScores"]:
-        """The run's scores of every head, by name; of a scan also the ASR of each head ablated alone."""
-        import torch  # results are read without it
-
-        from safetyheads.scores import HeadScores
-
-        scores = {}
-        for name, table in self.tables().items():
-            values = torch.full(self.shape, float("nan"), dtype=torch.float64)
-            for head, value in table.values.items():
-                values[tuple(map(int, head.split("-")))] = value
-            scores[name] = HeadScores(values, name, "", table.resolution)
-        return scores
 
     def to_rows(self) -> list[dict[str, Any]]:
         """A row for each group of heads, the unablated model first: its coherent ASR with the 95 % interval."""
