@@ -240,6 +240,13 @@ def test_a_dynamic_rope_forgets_longer_rows_and_what_is_not_exact_beyond_its_fir
     assert not engine.capabilities.caches
 
 
+def test_a_context_that_nothing_tells_is_noted(place):
+    change(place, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4})
+    engine = Engine.load(str(place))
+    given = engine.model.config.max_position_embeddings
+    assert f"the context is taken for {4 * given} tokens, the config's {given} times its RoPE" in engine.notes[-1]
+
+
 EYES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
 QWEN_EYES = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
 QWEN_IDS = {"image_token_id": 50, "video_token_id": 51, "vision_start_token_id": 52, "vision_end_token_id": 53}
@@ -250,11 +257,13 @@ TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_
     ("config", "text", "eyes", "more"),
     [
         ("Mistral3Config", {"model_type": "mistral", "head_dim": 8}, EYES | {"patch_size": 14}, {}),
+        ("LlavaConfig", {"model_type": "llama"}, EYES | {"patch_size": 14}, {"image_token_index": 50}),
+        ("Qwen2_5_VLConfig", TURNED, QWEN_EYES | {"fullatt_block_indexes": [0]}, QWEN_IDS),
         ("Qwen3VLConfig", TURNED | {"head_dim": 8}, QWEN_EYES | {"deepstack_visual_indexes": [0]}, QWEN_IDS),
     ],
 )
 def test_a_checkpoint_of_images_too_is_asked_in_text_alone(tmp_path, config, text, eyes, more):
-    kinds = {"Mistral3Config": "pixtral"}
+    kinds = {"Mistral3Config": "pixtral", "LlavaConfig": "clip_vision_model"}
     eyes = eyes | ({"model_type": kinds[config]} if config in kinds else {})
     described = getattr(transformers, config)(
         text_config={**COMMON, "num_key_value_heads": 2, **text}, vision_config=eyes, **more

@@ -1,5 +1,6 @@
 """Pages as a browser shows them: drawn, quiet, readable in both themes, wide and on a phone, and answering clicks."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "audit": hostile,
         "attacked": audit_samples.attacked(payload)[0],
         "large": audit_samples.audit(32, 32),
+        "deep": audit_samples.audit(30, 9),
+        "largest": audit_samples.audit(80, 64),
         "no_refusals": audit_samples.no_refusals(),
     }
     runs = {name: audit_samples.finished_run(folder / name, made) for name, made in audits.items()}
@@ -127,6 +130,30 @@ def test_the_page_is_drawn_quietly_fits_and_can_be_read(show: Any, name: str) ->
             details.click()
         assert page.evaluate(FAULTS) == []
         assert complaints == []
+
+
+def test_a_printed_page_has_few_pages_and_a_chart_is_saved_as_a_picture(show: Any) -> None:
+    for name in ("audit", "scan", "compare", *STEPS):
+        page, _ = show(name)
+        page.emulate_media(media="print")
+        n_pages = len(re.findall(rb"/Type\s*/Page\b", page.pdf(format="A4")))
+        assert 1 <= n_pages < 8, name
+    page, complaints = show("scan")
+    with page.expect_download() as saved:
+        page.click("[aria-label='Save asr_alone as PNG']")
+    assert Path(saved.value.path()).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert complaints == []
+
+
+@pytest.mark.parametrize("name", ["deep", "large", "largest"])
+def test_a_map_of_heads_is_of_squares(show: Any, name: str) -> None:
+    for width in (1400, 400):
+        page, _ = show(name, width=width)
+        tiles = """() => [...document.querySelectorAll("[data-chart^=heatmap_] .mark-rect.role-mark path")].map(
+          (tile) => tile.getBBox()).map((box) => [box.width, box.height])"""
+        sides = page.evaluate(tiles)
+        assert len(sides) > 200
+        assert {round(w / h, 2) for w, h in sides} == {1.0}, width
 
 
 def test_charts_follow_the_theme_and_the_width_of_the_window(show: Any) -> None:

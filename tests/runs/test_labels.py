@@ -8,9 +8,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import scan_samples
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from scan_samples import Sample
+from test_config import refused_in_one_line_if_at_all
 
 from safetyheads.errors import InputError
+from safetyheads.judges.base import LABELS
 from safetyheads.judges.named import judge_named
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rejudge import COLUMNS, _corrected_rates, answer_id, read_sheet, validate, write_sheet
@@ -45,6 +49,22 @@ def fill(path, label_of, delimiter=",", encoding="utf-8-sig"):
         writer = csv.DictWriter(file, COLUMNS, delimiter=delimiter)
         writer.writeheader()
         writer.writerows(rows)
+
+
+HEADS = ("id,label\n", "prompt;answer;label\n", "label\tid\r\n", 'label,"a\nb"\n', "sep=;\nid;label\n", "")
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.sampled_from(HEADS),
+    st.one_of(st.binary(max_size=60), st.text(st.sampled_from('a1,;\t"\n\r\0refusd'), max_size=60).map(str.encode)),
+)
+@example('label,"a\nb"\n', b"refused,x")
+@example("id,label\n", b"a,refused,more,and more\nb")
+def test_any_sheet_is_read_or_refused_in_one_line(tmp_path_factory, head, rest):
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    path.write_bytes(head.encode() + rest)
+    refused_in_one_line_if_at_all(lambda: [LABELS.index(row.label) for row in read_sheet(path)])
 
 
 def test_a_sheet_is_random_distinct_and_blind(run, tmp_path, monkeypatch):

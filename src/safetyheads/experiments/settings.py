@@ -162,7 +162,8 @@ def _as_field(value: Any, default: Any) -> Any:
     """A value of a TOML file in the form of a field: lists are tuples there, and whole numbers may be floats."""
     if isinstance(value, list):
         return tuple(_as_field(item, default[0] if isinstance(default, tuple) and default else None) for item in value)
-    return float(value) if isinstance(default, float) and isinstance(value, int) and value is not True else value
+    is_whole = isinstance(default, float) and type(value) is int and abs(value) < 2**53  # others are out of bounds
+    return float(value) if is_whole else value
 
 
 def _settings(name: str, start: ReproductionConfig) -> ReproductionConfig:

@@ -310,6 +310,17 @@ def context_length(config: Any) -> int | None:
     return max(longest, min(reached[1:], default=longest))
 
 
+def guessed_context(config: Any) -> str:
+    """A note where nothing says whether the config's length is that before its RoPE was scaled; else empty."""
+    given, reached = getattr(config, "max_position_embeddings", None), context_length(config)
+    if given == reached or any(_original_length(rope, config) for rope in ropes(config)):
+        return ""
+    return (
+        f"the context is taken for {reached} tokens, the config's {given} times its RoPE factor; where these hold the "
+        "factor already, longer prompts are beyond what the model was trained for"
+    )
+
+
 def _turns(config: Any) -> tuple[int, ...]:
     """Where attention or RoPE changes with the length of a row."""
     lengths = [

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from safetyheads.ablation import ABLATION_KINDS, SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.errors import UnsupportedModelError, first_line
 from safetyheads.heads import Head
-from safetyheads.model.architecture import Capabilities
+from safetyheads.model.architecture import Capabilities, guessed_context
 from safetyheads.model.attention import AttentionCall, LeftLayer, RowAblation, attending, attention_calls
 from safetyheads.model.loading import is_quantised, rounds_activations, use_our_attention
 from safetyheads.model.packing import PackedRow, TokenSequence, left_padded, pack
@@ -149,6 +149,8 @@ def prove(engine: Engine, longest: int) -> CheckReport:
         layers = ", ".join(map(str, facts.without_heads))
         left_out = f"layers {layers} mix tokens in another way than by attention: they have no heads and are left out"
         notes = (left_out, *notes)
+    if guessed := guessed_context(engine.model.config.get_text_config(decoder=True)):
+        notes = (*notes, guessed)
     return CheckReport(tuple(proofs), capabilities, notes)
 
 

@@ -170,7 +170,7 @@ def read_rows(path: Path, wanted: Columns = Columns(), only: Mapping[str, Sequen
     return PromptFile(rows, len(table) - len(rows), hashlib.sha256(content).hexdigest(), columns, note)
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Names of columns in one line: a file may give them line breaks, and thousands of long ones."""
     shown = [shorten(" ".join(name.split()) or "(no name)", 60) for name in names]
     more = f" and {len(shown) - _NAMES_SHOWN} more" if len(shown) > _NAMES_SHOWN else ""
@@ -178,14 +178,14 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _columns(names: Sequence[str], wanted: Columns, path: str) -> dict[str, str]:
-    shown = _listed(names)
+    shown = listed(names)
 
     def named(name: str) -> str:
         matching = [name] if name in names else [each for each in names if each.strip().lower() == name.strip().lower()]
         if not matching:
             raise InputError(f"{path}: no column {name!r}; the columns are {shown if names != [''] else 'text alone'}")
         if len(matching) > 1:
-            raise InputError(f"{path}: several columns could be {name!r}: {_listed(matching)}")
+            raise InputError(f"{path}: several columns could be {name!r}: {listed(matching)}")
         return matching[0]
 
     by_key = {name.strip().lower(): name for name in reversed(names)}
@@ -205,7 +205,7 @@ def _columns(names: Sequence[str], wanted: Columns, path: str) -> dict[str, str]
     if wanted.context is not None:
         contexts = [] if wanted.context == NO_COLUMN else [named(wanted.context)]
     if len(contexts) > 1:
-        raise InputError(f"{path}: several columns could be the context of the prompts: {_listed(contexts)}; name it")
+        raise InputError(f"{path}: several columns could be the context of the prompts: {listed(contexts)}; name it")
     found |= {"context": contexts[0]} if contexts else {}
     if wanted.category is not None or by_key.get("category", found["query"]) != found["query"]:
         found["category"] = named("category" if wanted.category is None else wanted.category)
@@ -236,7 +236,7 @@ def last_turn(messages: Sequence[Any], where: str) -> tuple[str, Turns]:
         if role not in ("system", "user", "assistant") or not isinstance(text, str) or (role == "system" and turns):
             raise InputError(f"{where}: a message has a role (system, at first; user; assistant) and a text as content")
         if more := [name for name in message if name not in ("role", "content") and message[name] not in _NOTHING]:
-            raise InputError(f"{where}: only role and content of a message are read, and one has {_listed(more)} too")
+            raise InputError(f"{where}: only role and content of a message are read, and one has {listed(more)} too")
         turns.append((role, text))
     if not turns or turns[-1][0] != "user":
         raise InputError(f"{where}: the last message must be the user's, which is the one that is answered")
@@ -281,7 +281,7 @@ def _note(
     unread = [name for name in names if name and name not in columns.values()]
     left = set(unread)
     if unread:
-        said += f"; not read: {_listed(unread)}"
+        said += f"; not read: {listed(unread)}"
     first: dict[str, Mapping[str, Any]] = {}
     for (query, *_), row in zip(rows, cells, strict=True):
         before = first.setdefault(query, row)
@@ -289,7 +289,7 @@ def _note(
         named = dict.fromkeys((*before, *row)) if before is not row else ()
         if differing := [name for name in named if name in left and before.get(name) != row.get(name)]:
             said += (
-                f". Rows with the same prompt differ in {_listed(differing)}: if one of these belongs "
+                f". Rows with the same prompt differ in {listed(differing)}: if one of these belongs "
                 "to the prompt, give it by --context-column"
             )
             break

@@ -27,6 +27,7 @@ from safetyheads.heads import format_heads
 from safetyheads.judges.agreement import agreement
 from safetyheads.judges.base import LABELS, Completion, Judge, Label, Verdict, is_final, verdicts_of
 from safetyheads.judges.endpoint import count_requests_in
+from safetyheads.prompts.files import listed
 from safetyheads.prompts.prompt_set import near_duplicates
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory
@@ -278,7 +279,7 @@ def read_sheet(path: Path) -> list[Labelled]:
         raise InputError(f"{path}, line {table.line_num}: not CSV ({error})") from error
     columns = {str(name).strip().lower(): name for name in names}
     if "label" not in columns or not ("id" in columns or {"prompt", "answer"} <= columns.keys()):
-        raise InputError(f"{path} needs the column label, and id or prompt and answer; it has {', '.join(columns)}")
+        raise InputError(f"{path} needs the column label, and id or prompt and answer; it has {listed(columns)}")
     rows: dict[str, Labelled] = {}
     for number, row in enumerate(lines, start=2):
         cells = {name: (row.get(column) or "") for name, column in columns.items()}
