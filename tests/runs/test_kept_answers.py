@@ -80,6 +80,8 @@ def test_shorter_answers_are_the_beginnings_of_whole_ones(organism, tmp_path, mo
     assert all(other["finished"] == (one["finished"] and one["n_tokens"] < 3) for one, other in pairs)
     assert all(other["complete"] for _, other in pairs)
     assert len(added) == 1  # the unablated answers are not stored again
+    # The states of one set of drafts are held at a time, and shorter answers have drafts of their own.
+    assert [decoding.max_new_tokens for _, decoding, _ in kept.held] == [3] * (least_drafted == 1)
 
 
 def test_what_judges_failed_on_is_counted_once_however_often_it_is_read(organism, tmp_path):

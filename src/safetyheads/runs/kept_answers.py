@@ -220,7 +220,8 @@ class KeptAnswers:
         """What each chunk of answers cost, in this process or an earlier one; a chunk's file begins with it."""
         self._parts = prompts_together([*map(len, self.asked.token_ids)])
         self._decoded: dict[int, Answer] = {}
-        self._drafts: dict[Ablation, VerifiedDrafts] = {}
+        self.held: dict[tuple[str, Decoding, Ablation], VerifiedDrafts] = {}
+        """The drafts used last, which hold states of all layers: a run's sets share this, for the plan counts one."""
 
     def vanilla(self) -> GroupAnswers:
         """The unablated answers."""
@@ -285,7 +286,7 @@ class KeptAnswers:
         """The same answers to the same prompts, of at most so many tokens; unablated ones are not answered again."""
         self._unablated_surprises()  # both know what was measured, and only this one stores it
         short = copy(self)
-        short.decoding, short._drafts = replace(self.decoding, max_new_tokens=n_tokens), {}
+        short.decoding = replace(self.decoding, max_new_tokens=n_tokens)
         short.unablated = tuple(decoded.cut(n_tokens) for decoded in self.unablated)
         return short
 
@@ -342,10 +343,6 @@ class KeptAnswers:
         """The answers of records of this set."""
         prompts = list(self.asked)
         return [judged_answer(record, self.lead, prompts[record["id"]]) for record in records]
-
-    def forget(self) -> None:
-        """Free the drafts, which hold states of all layers."""
-        self._drafts.clear()
 
     @cached_property
     def unablated(self) -> tuple[Answer, ...]:
@@ -410,9 +407,10 @@ class KeptAnswers:
         return bool(known[fit])
 
     def _drafts_under(self, ablation: Ablation) -> VerifiedDrafts:
-        """The drafts under an ablation; only those used last are held."""
-        if ablation not in self._drafts:
-            self._drafts.clear()
+        """The drafts under an ablation."""
+        place = self.name, self.decoding, ablation
+        if place not in self.held:
+            self.held.clear()
             # Another plan would move margins in their last bits, and so perhaps the number of near-ties.
             key, known = self._key(ablation), self.directory.remembered()
             plan = known.get(f"plan_drafts_{key}")
@@ -427,8 +425,8 @@ class KeptAnswers:
             tolerance = min(verified.tolerance, sys.float_info.max)
             verified.tolerance = self.directory.remember(f"tolerance_{key}", tolerance)
             self.directory.remember(f"economy_{key}", asdict(verified.cost_of_drafts))
-            self._drafts[ablation] = verified
-        return self._drafts[ablation]
+            self.held[place] = verified
+        return self.held[place]
 
     def _records(
         self,

@@ -32,7 +32,7 @@ from safetyheads.answers.decoding import (
     not_followed_line,
     short_context,
 )
-from safetyheads.answers.drafts import Economy
+from safetyheads.answers.drafts import Economy, VerifiedDrafts
 from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.answers.surprise import OWN_QUANTILE, coherence_limit
 from safetyheads.demo import demo_prompts, planted_heads
@@ -201,6 +201,7 @@ class Run(Generic[Config]):
         self._about: dict[str, Mapping[str, Any]] = {}
         self._judging: dict[str, Judging] = {}
         self._answers: dict[tuple[str, Sampling], KeptAnswers] = {}
+        self._held: dict[tuple[str, Decoding, Ablation], VerifiedDrafts] = {}
         self._passes: dict[tuple[str, Ablation, Readouts, int], HeadPass] = {}
 
     @property
@@ -220,29 +221,24 @@ class Run(Generic[Config]):
         return self.asked[name]
 
     def answers(self, name: str, sampling: Sampling | None = None) -> KeptAnswers:
-        """The answers to a set; only the one used last holds its drafts."""
+        """The answers to a set."""
         sampling = sampling or self.decoding.sampling
-        for key, others in self._answers.items():
-            if key != (name, sampling):
-                others.forget()
         if (name, sampling) not in self._answers:
             length, full = self.decoding.max_new_tokens, self.decoding.full_answers
             if name not in self._judging:
                 self._judging[name] = Judging(self.engine, self.asked[name].prompts, self.judges, length, full)
             keeps = self.stores_completions, self._about[name], self.measures_surprise, self.holds_texts
             decoding = Decoding(length, sampling, full)
-            self._answers[name, sampling] = KeptAnswers(
-                name, self._judging[name], decoding, self.directory, self.progress, *keeps
-            )
-            self._answers[name, sampling].limit = self.limit
+            kept = KeptAnswers(name, self._judging[name], decoding, self.directory, self.progress, *keeps)
+            kept.limit, kept.held = self.limit, self._held
             if hasattr(self.config, "judges") and name.startswith("harmful"):
-                self._answers[name, sampling].words = judges_named(WORD_JUDGES)
+                kept.words = judges_named(WORD_JUDGES)
+            self._answers[name, sampling] = kept
         return self._answers[name, sampling]
 
     def forget(self) -> None:
         """Free drafts and passes; they hold states of all layers."""
-        for answers in self._answers.values():
-            answers.forget()
+        self._held.clear()
         self._passes.clear()
 
     def head_pass(self, name: str, ablation: Ablation, readouts: Readouts, positions: int = 1) -> HeadPass:
