@@ -225,7 +225,7 @@ def test_address_key_and_settings_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("SAFETYHEADS_JUDGE_MAX_REQUESTS", "many")
     refused("SAFETYHEADS_JUDGE_MAX_REQUESTS cannot be read: 'many'")
     monkeypatch.setenv("SAFETYHEADS_JUDGE_MAX_REQUEST", "10")
-    refused("_JUDGE_MAX_REQUEST is no setting of a judge behind an endpoint; there is SAFETYHEADS_JUDGE_MAX_REQUESTS")
+    refused("no setting 'SAFETYHEADS_JUDGE_MAX_REQUEST'; did you mean SAFETYHEADS_JUDGE_MAX_REQUESTS?")
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
 """Settings and prompts of a reproduction, with defaults for the embedded organism and for real models."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from safetyheads.ablation import Ablation
 from safetyheads.demo import demo_prompts
 from safetyheads.demo.grammar import HARM_CATEGORIES, Split
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, refuse_unknown
 from safetyheads.files import read_toml
 from safetyheads.model.names import SMOLLM2
 from safetyheads.prompts.prompt_set import PromptSet
@@ -143,9 +143,7 @@ class ReproductionConfig(JudgeOptions):
     def read(cls, path: Path, models: Sequence[str] = ()) -> "ReproductionConfig":
         """Read a TOML file whose keys are the fields of this class; ``models`` win over the file's."""
         given = read_toml(path)
-        known = [field.name for field in fields(cls)]
-        if unknown := [name for name in given if name not in known]:
-            raise InputError(f"{path}: unknown setting {unknown[0]!r}; known are {', '.join(known)}")
+        refuse_unknown(given, cls.__dataclass_fields__, f"{path}: unknown setting")
         values = {name: _as_field(value, getattr(cls(), name)) for name, value in given.items()}
         own = values.pop("models", ())
         named: dict[str, Any] = {"models": tuple(models) or own} if models or own else {}

@@ -24,7 +24,7 @@ from inspect_ai.model import (
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState, generate
 
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, refuse_unknown
 from safetyheads.heads import format_heads
 from safetyheads.judges.base import Completion, verdicts_of
 from safetyheads.judges.named import judges_named, writes
@@ -44,12 +44,8 @@ def model_config(model: str, arguments: dict[str, Any]) -> ServeConfig:
         name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in arguments.items()
     }
     heads = settings.pop("heads", None)
-    if unknown := settings.keys() - ServeConfig.__dataclass_fields__.keys() | settings.keys() & {
-        "groups",
-        "port",
-        "model",
-    }:
-        raise InputError(f"safetyheads takes no -M {min(unknown)}; safetyheads serve --help lists what it takes")
+    known = [name for name in ServeConfig.__dataclass_fields__ if name not in ("groups", "port", "model")]
+    refuse_unknown(settings, ["heads", *known], "safetyheads takes no -M")
     try:
         settings |= {name: float(settings[name]) for name in _NUMBERS if isinstance(settings.get(name), str)}
     except ValueError as error:

@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -27,7 +26,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.errors import InputError, SafetyheadsError, refuse_unknown
 from safetyheads.files import as_input_error
 from safetyheads.judges.base import Completion, Judge, Label, Verdict, refuse_threshold
 
@@ -405,12 +404,8 @@ def endpoint_judge(model: str, reply_tokens: int | None = None) -> EndpointJudge
         )
     settings: dict[str, Any] = {}
     variables = {f"{SETTING_PREFIX}{setting.name.upper()}": setting for setting in fields(EndpointSettings)}
-    for name in given:
-        if name.startswith(SETTING_PREFIX) and name not in (*variables, *ADDRESSES[0]):
-            near = get_close_matches(name, [*variables, *ADDRESSES[0]], 1)
-            raise InputError(
-                f"{name} is no setting of a judge behind an endpoint; there is {', '.join(near or variables)}"
-            )
+    named = (name for name in given if name.startswith(SETTING_PREFIX))
+    refuse_unknown(named, (*variables, *ADDRESSES[0]), "a judge behind an endpoint has no setting")
     for name, setting in variables.items():
         kind, _, optional = str(setting.type).partition(" | ")
         if optional and given.get(name) == "none":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, overload
 
 from safetyheads.display import Shown, Table
-from safetyheads.errors import InputError, as_path, whole_number
+from safetyheads.errors import InputError, as_path, shorten, unicode_text, whole_number
 from safetyheads.prompts.files import KNOWN_BENCHMARKS, Columns, Turns, download, last_turn, read_benchmark, read_rows
 from safetyheads.prompts.templates import Template
 
@@ -43,18 +43,16 @@ class Prompt(Shown):
     """Number of the near-duplicates that it belongs to in the set it was read with; None where nobody looked."""
 
     def __post_init__(self) -> None:
-        texts = [("a prompt", self.query), ("a category", self.category or ""), ("a reference", self.reference or "")]
         try:
-            texts += [("an earlier turn", text) for _, text in self.earlier]
+            earlier = [("an earlier turn", text) for _, text in self.earlier]
         except (TypeError, ValueError):
             raise InputError(f"earlier turns are pairs of a role and a text; got {self.earlier!r}") from None
-        for what, text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise InputError(f"{what} is not Unicode text: {error.reason} at {error.start}") from error
-            except AttributeError:
-                raise InputError(f"{what} is a text; got {text!r}") from None
+        others = ("a category", self.category or ""), ("a reference", self.reference or "")
+        for what, text in (("a prompt", self.query), *others, *earlier):
+            if not isinstance(text, str):
+                raise InputError(f"{what} is a text; got {text!r}")
+            if unicode_text(text) != text:
+                raise InputError(f"{what} is not Unicode text: {shorten(repr(text), 60)}")
         if not self.query.strip():
             raise InputError("a prompt is blank")
 

@@ -305,10 +305,8 @@ class BoundTemplate(NamedTuple):
         marks = [f"{_MARK}{number}x" for number in range(len(messages))]
         marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
         shown = self._attempt(marked, add_generation_prompt=True, **self._switched)
-        kept = [
-            message["content"].strip() in text and (shown is None or mark in shown)
-            for message, mark in zip(messages, marks, strict=True)
-        ]
+        bare = (message["content"].strip() for message in messages)
+        kept = [said in text and (shown is None or mark in shown) for said, mark in zip(bare, marks, strict=True)]
         if system is not None and not kept[0]:
             raise InputError(f"the chat template of {self.model} drops the system prompt; {_FOLD}")
         if not all(kept):

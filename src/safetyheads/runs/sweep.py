@@ -5,12 +5,12 @@ Each audit has a run directory of its own in the sweep's folder, so a sweep that
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError, TooFewPromptsError
+from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError, TooFewPromptsError, refuse_unknown
 from safetyheads.files import read_toml
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import read_config
@@ -54,8 +54,7 @@ def audits_of(settings: Mapping[str, Any], out: Path) -> dict[Path, AuditConfig]
         for name, value in zip(AXES.values(), combination, strict=True):
             given |= {name: value} if isinstance(value, str) else value
         given = preset_settings(given.pop("preset", "standard")) | given
-        if unknown := given.keys() - {each.name for each in fields(AuditConfig)}:
-            raise InputError(f"an audit has no setting {min(unknown)!r}")
+        refuse_unknown(given, AuditConfig.__dataclass_fields__, "an audit has no setting")
         if lacking := {"model", "prompts"} - given.keys():
             raise InputError(f"a table of the sweep names no {min(lacking)}")
         given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
