@@ -1,14 +1,13 @@
 """Defines a baseline: what it may learn from, what it gives, how it is judged and how its parameters are counted."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Ablation
 from safetyheads.answers.success import AttackSuccess, query_level_attack_success_rate
@@ -19,7 +18,7 @@ from safetyheads.measures.head_pass import log_odds, next_token_log_probabilitie
 from safetyheads.model.attention import AttentionCall
 from safetyheads.model.engine import Engine
 from safetyheads.model.packing import PackedRow, TokenSequence, pack
-from safetyheads.model.replay import rerun
+from safetyheads.model.replay import change_input, hooked, rerun
 from safetyheads.prompts.prompt_set import PromptSet
 
 DOWN_NAMES = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2", "fc_out", "output_linear")
@@ -159,35 +158,6 @@ def refuse_streams(engine: Engine) -> None:
 
 
 # Plain forward passes over packed prompts, and hooks in them. The model runs its own forward.
-
-
-@contextmanager
-def hooked(*handles: RemovableHandle) -> Iterator[None]:
-    """Within, these registered hooks are in force; then they are removed."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def first_input(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-    """The hidden states that a module is called with."""
-    if not positional and "hidden_states" not in keywords:
-        raise UnsupportedModelError(f"{type(module).__name__} is not given hidden states under a known name")
-    return positional[0] if positional else keywords["hidden_states"]
-
-
-def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Registers a change of the hidden states that a module is given."""
-
-    def hook(called: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        changed = change(first_input(called, positional, keywords))
-        if positional:
-            return (changed, *positional[1:]), keywords
-        return positional, {**keywords, "hidden_states": changed}
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def inputs_seen(modules: Sequence[nn.Module], see: Callable[[int, Tensor], None]) -> AbstractContextManager[None]:

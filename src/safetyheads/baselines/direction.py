@@ -18,8 +18,6 @@ from torch.utils.hooks import RemovableHandle
 from safetyheads.baselines.base import (
     Intervention,
     Material,
-    change_input,
-    hooked,
     last_states,
     refusal_log_odds,
     refuse_streams,
@@ -29,6 +27,7 @@ from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelErr
 from safetyheads.measures.head_pass import next_token_log_probabilities
 from safetyheads.model.engine import Engine
 from safetyheads.model.packing import PackedRow, TokenSequence, shared_prefix
+from safetyheads.model.replay import change_input, hooked
 from safetyheads.prompts.prompt_set import PromptSet
 
 # Queries that end and begin unlike each other; what their renderings share at the end is the template's.

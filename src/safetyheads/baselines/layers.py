@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from safetyheads.baselines.base import Intervention, Material, first_input, hooked, refusal_log_odds
+from safetyheads.baselines.base import Intervention, Material, refusal_log_odds
 from safetyheads.baselines.linear_layers import EDITS
 from safetyheads.errors import InputError
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import refuse_wrapped
+from safetyheads.model.replay import first_input, hooked
 
 LAST_START = 6 / 32
 """The last layer at which a run may start, as a share of the depth; the first is layer 1."""

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from safetyheads.answers.decoding import end_tokens
-from safetyheads.baselines.base import Intervention, hooked, inputs_seen
+from safetyheads.baselines.base import Intervention, inputs_seen
 from safetyheads.errors import SafetyheadsError, UnsupportedModelError
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import refuse_wrapped
 from safetyheads.model.packing import TokenSequence, left_padded
+from safetyheads.model.replay import hooked
 
 EDITS = "baselines edit"
 """Begins the error about weights that are not plain numbers."""

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from safetyheads.baselines.base import DOWN_NAMES, Intervention, Material, change_input, hooked, inputs_seen
+from safetyheads.baselines.base import DOWN_NAMES, Intervention, Material, inputs_seen
 from safetyheads.baselines.linear_layers import EDITS, LinearLayer, batches, linear_layers, on_device, see_counted
 from safetyheads.errors import InputError, SafetyheadsError, UnsupportedModelError
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import refuse_wrapped
 from safetyheads.model.packing import TokenSequence
+from safetyheads.model.replay import change_input, hooked
 
 _REORDERING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset")
 """Methods that move rows or tokens of a cache; a twin cache must follow them."""

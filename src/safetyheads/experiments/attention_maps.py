@@ -5,6 +5,7 @@ of the layer with unit vectors as values gives the weights, from the very functi
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from safetyheads.errors import InputError, UnsupportedModelError
 from safetyheads.experiments.lab import Lab, Subject
 from safetyheads.experiments.outcome import Measured, Outcome, Row
 from safetyheads.heads import Head
-from safetyheads.model.attention import attention_calls
+from safetyheads.model.attention import LeftLayer, attention_calls
 from safetyheads.model.engine import Engine
 
 NOTHING = Ablation("undifferentiated_attention", 1.0)
@@ -40,10 +41,6 @@ class AttentionMap(NamedTuple):
     """float64 [n_tokens, d_value]: values of the keys for this head."""
     output: Tensor
     """float64 [n_tokens, d_value]: what the head passes on, ablated."""
-
-
-class _AttentionSeen(Exception):
-    """Leaves the model once the layer's attention is seen."""
 
 
 def map_of(engine: Engine, token_ids: Sequence[int], head: Head, ablation: Ablation) -> AttentionMap:
@@ -74,17 +71,16 @@ def _attended(
 
     def observe(**seen: Any) -> None:
         attended.update(seen)
-        raise _AttentionSeen
+        raise LeftLayer
 
     ids = torch.tensor([list(token_ids)], device=engine.device)
     with engine.ablated_rows([()], ablation):  # refuses while another ablation is in force
         (call,) = engine.ablation_calls([(head,)], ablation).values()
         watched = replace(call, observe=observe, keys_and_values=given)
-        try:
-            with attention_calls(engine.architecture.attentions, {head.layer: watched}):
-                engine.model(input_ids=ids, use_cache=False)
-        except _AttentionSeen:
-            return attended
+        with suppress(LeftLayer), attention_calls(engine.architecture.attentions, {head.layer: watched}):
+            engine.model(input_ids=ids, use_cache=False)
+    if attended:
+        return attended
     raise UnsupportedModelError(f"layer {head.layer} does not call the attention registry")
 
 

@@ -373,7 +373,13 @@ def _keep_outcome(run: RunDirectory, experiment: Experiment, lab: Lab, again: bo
     def compute() -> list[dict[str, Any]]:
         started = time.monotonic()
         lab.used.clear()
-        outcome = _outcome(experiment, lab)
+        about = (experiment.name, experiment.title, experiment.question)
+        outcome = Outcome(*about, caption=experiment.caption, shown=experiment.shown)
+        names = ("epsilon", "max_new_tokens", "search_score", "held_out", "seed")
+        outcome.settings = {name: getattr(lab.config, name) for name in names}
+        outcome.settings |= {"judges": list(lab.config.judges), "sampled": lab.sampled.name}
+        function = getattr(import_module(f"safetyheads.experiments.{experiment.module}"), experiment.function)
+        function(lab, outcome, **experiment.given)
         timed = {experiment.name: tables} if (tables := asdict(outcome)["timed"]) else {}
         run.add_timings({"seconds": {experiment.name: time.monotonic() - started}, "timed": timed})
         return [{"outcome": outcome.as_dict(), "used": sorted(lab.used)}]
@@ -399,15 +405,3 @@ def _write(
         "catalogue": listed(config),
     }
     run.write_results({**results, **(failed or {})})
-
-
-def _outcome(experiment: Experiment, lab: Lab) -> Outcome:
-    """Run an experiment; what the run directory holds is not measured again."""
-    function = getattr(import_module(f"safetyheads.experiments.{experiment.module}"), experiment.function)
-    about = (experiment.name, experiment.title, experiment.question)
-    outcome = Outcome(*about, caption=experiment.caption, shown=experiment.shown)
-    names = ("epsilon", "max_new_tokens", "search_score", "held_out", "seed")
-    outcome.settings = {name: getattr(lab.config, name) for name in names}
-    outcome.settings |= {"judges": list(lab.config.judges), "sampled": lab.sampled.name}
-    function(lab, outcome, **experiment.given)
-    return outcome

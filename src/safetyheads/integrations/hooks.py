@@ -17,6 +17,7 @@ from safetyheads.model.architecture import HeadShape
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import borrow, use_our_attention
 from safetyheads.model.proofs import TOLERANCE
+from safetyheads.model.replay import first_of
 
 # Where TransformerLens has the tensor that an ablation scales, each [batch, position, head, d_head].
 _LENS_POINTS = {"query": "hook_rot_q", "head_output": "hook_z"}
@@ -137,7 +138,7 @@ def verify_hook(model: Any, hook: Install, heads: AnyHeads, ablation: AnyAblatio
 
             def run(group: Group = (), attention: Any = attention, given: Any = (arguments, keywords)) -> Tensor:
                 with engine.ablated(group, ablation):
-                    return _first(attention(*given[0], **given[1])).double().cpu()
+                    return first_of(attention(*given[0], **given[1])).double().cpu()
 
             plain = run()
             size = float(plain.abs().max())
@@ -167,16 +168,12 @@ def _seen_under(hook: Install, engine: Engine) -> dict[int, tuple[Any, Mapping[s
             if attention is not None:
 
                 def keep(_: object, arguments: Any, keywords: Any, output: Any, layer: int = layer) -> None:
-                    seen[layer] = (arguments, keywords, _first(output).double().cpu())
+                    seen[layer] = (arguments, keywords, first_of(output).double().cpu())
 
                 # Last of all hooks, so that it sees what the others made of the output.
                 stack.callback(attention.register_forward_hook(keep, with_kwargs=True).remove)
         engine.model(tokens.to(engine.device), use_cache=False)
     return seen
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _fault(

@@ -183,7 +183,9 @@ class HeadPass:
         common, batches = common_heads(groups), self.engine.batches(groups, self.plan)
         captures = [] if common else self._captures
         self._captures = []
-        depends_on = {"pass": self._sha256()}
+        # All that results depend on, groups and weights aside, as a hash: of many prompts it is long.
+        told = [asdict(self.ablation), asdict(self.readouts), self.plan.as_dict(), self._tokens_sha256]
+        depends_on = {"pass": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}
         n_layers, n_tokens = self.engine.n_layers, sum(len(sequence.token_ids) for sequence in self.sequences)
 
         def fields_of(indices: Sequence[int]) -> dict[str, Any]:
@@ -229,11 +231,6 @@ class HeadPass:
                 if on_groups is not None:
                     on_groups(len(indices))
         return results
-
-    def _sha256(self) -> str:
-        """Hash of all that results depend on, groups and weights aside; of many prompts that is long."""
-        told = [asdict(self.ablation), asdict(self.readouts), self.plan.as_dict(), self._tokens_sha256]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def resolution(self, unit: str) -> float:
         """Scores this close are ties in the engine's dtype; ``unit`` is ``nats`` or ``degrees``."""

@@ -6,9 +6,10 @@ What is read here is a claim; :mod:`safetyheads.model.proofs` holds it against t
 import inspect
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -239,16 +240,17 @@ def _attentions(layers: tuple[nn.Module, ...], family: str) -> tuple[nn.Module |
     return attentions
 
 
+def methods_of(kind: type) -> Iterator[tuple[str, CodeType]]:
+    """Name and code, without decorators, of each method that a module's class and its bases define."""
+    for base in kind.__mro__:
+        if base is not nn.Module and issubclass(base, nn.Module):
+            methods = ((name, method) for name, method in vars(base).items() if inspect.isfunction(method))
+            yield from ((name, inspect.unwrap(method).__code__) for name, method in methods)
+
+
 def _attends(module: nn.Module) -> bool:
     """Whether the code of a module's class calls an attention function of transformers' registry."""
-    methods = (
-        inspect.unwrap(method)
-        for base in type(module).__mro__
-        if base is not nn.Module and issubclass(base, nn.Module)
-        for method in vars(base).values()
-        if inspect.isfunction(method)
-    )
-    return any(_REGISTRY in method.__code__.co_names for method in methods)
+    return any(_REGISTRY in code.co_names for _, code in methods_of(type(module)))
 
 
 def _shape(attention: nn.Module, config: Any, layer: int) -> HeadShape:

@@ -1,6 +1,5 @@
 """Attention swap (Fig 6a): puts one checkpoint's attention to work in another, in memory only."""
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.model.architecture import LENGTH_DEPENDENT_ROPES, Architecture, describe, of_layer, ropes
+from safetyheads.model.architecture import LENGTH_DEPENDENT_ROPES, Architecture, describe, methods_of, of_layer, ropes
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import refuse_wrapped
 
@@ -153,15 +152,8 @@ def _matters(name: str) -> bool:
 
 
 @lru_cache
-def _read_when_run(kind: Any) -> tuple[str, ...]:
+def _read_when_run(kind: type) -> tuple[str, ...]:
     """Config fields that a module's code may read while it runs; those read in ``__init__`` are on the module."""
-    methods: list[Any] = [
-        inspect.unwrap(method)
-        for base in kind.__mro__
-        if base is not nn.Module and issubclass(base, nn.Module)
-        for name, method in vars(base).items()
-        if inspect.isfunction(method) and name != "__init__"
-    ]
-    codes = [method.__code__ for method in methods if "config" in method.__code__.co_names]
+    codes = [code for name, code in methods_of(kind) if name != "__init__" and "config" in code.co_names]
     words = {word for code in codes for word in (*code.co_names, *code.co_consts) if isinstance(word, str)}
     return tuple(sorted(word for word in words if word.isidentifier() and _matters(word)))

@@ -32,6 +32,7 @@ from safetyheads.model.replay import (
     Capture,
     Copies,
     capture,
+    change_input,
     decode,
     first_of,
     given_to_norm,
@@ -209,18 +210,13 @@ def _against_eager(engine: Engine, rows: list[PackedRow]) -> tuple[float | None,
         heads: list[Tensor] = []
         outputs: list[Tensor] = []
 
-        def enter(_: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-            hidden = positional[0] if positional else keywords["hidden_states"]
-            if forced is not None:
-                hidden = forced[len(inputs)]
-            inputs.append(hidden)
-            if positional:
-                return (hidden, *positional[1:]), keywords
-            return positional, {**keywords, "hidden_states": hidden}
+        def enter(hidden: Tensor) -> Tensor:
+            inputs.append(hidden if forced is None else forced[len(inputs)])
+            return inputs[-1]
 
         with ExitStack() as stack:
             for layer, attention in zip(facts.layers, facts.attentions, strict=True):
-                stack.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
+                stack.enter_context(change_input(layer, enter))
                 if attention is not None:
                     see = attention.register_forward_hook(lambda _, __, out: outputs.append(first_of(out)))
                     stack.enter_context(see)

@@ -20,9 +20,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from safetyheads.ablation import Ablation
+from safetyheads.errors import UnsupportedModelError
 from safetyheads.model.architecture import Architecture, Capabilities, input_device
 from safetyheads.model.attention import AttentionCall, LeftLayer, attention_calls, packed
 from safetyheads.model.packing import PackedRow
@@ -416,3 +418,32 @@ def first_of(output: Any) -> Tensor:
     """A layer's hidden states: some families' layers return a tuple."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+@contextmanager
+def hooked(*handles: RemovableHandle) -> Iterator[None]:
+    """Within, these registered hooks are in force; then they are removed."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_input(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    """The hidden states that a module is called with."""
+    if not positional and "hidden_states" not in keywords:
+        raise UnsupportedModelError(f"{type(module).__name__} is not given hidden states under a known name")
+    return positional[0] if positional else keywords["hidden_states"]
+
+
+def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Registers a change of the hidden states that a module is given."""
+
+    def hook(called: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        changed = change(first_input(called, positional, keywords))
+        if positional:
+            return (changed, *positional[1:]), keywords
+        return positional, {**keywords, "hidden_states": changed}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)

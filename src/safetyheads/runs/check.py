@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import takewhile
 from math import isfinite
+from os.path import commonprefix
 from typing import Any
 
 from safetyheads.answers.decoding import not_followed_line, settings_not_followed
@@ -85,8 +85,8 @@ def _parts(bound: BoundTemplate, token_ids: Sequence[int], query: str) -> list[s
     """The part of each token: what differs from the prompt of another query is the query."""
     alone = bound.tokens(bound.up_to_answer(query))
 
-    def n_same(one: Sequence[int], other: Sequence[int]) -> int:
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    def n_same(*token_ids: Sequence[int]) -> int:
+        return len(commonprefix([*map(tuple, token_ids)]))  # noqa: RUF071, these are no paths
 
     def around(other: Sequence[int]) -> tuple[int, int]:
         before = n_same(alone, other)

@@ -91,15 +91,11 @@ def _power(n: int, change: float, p0: float, alpha: float, n_seeds: int) -> floa
     together = float(scipy.stats.binom.sf(least_changed(alpha) - 1, n, change))
     if n_seeds == 1 or p0 == 0:
         return together
-    return min(together, _power_drawn_anew(n, change, p0, alpha))
-
-
-def _power_drawn_anew(n: int, change: float, p0: float, alpha: float) -> float:
-    """The power where before and after are independent draws of one answer: the noisiest that answers can be."""
+    # Before and after as independent draws of one answer: the noisiest that answers can be.
     gain, loss = (1 - p0) * (p0 + change), p0 * (1 - p0 - change)
     moved = np.arange(n + 1)
     # The most losses at which the two-sided test of so many moved pairs is at most alpha: below 0 where none is.
     most = scipy.stats.binom.ppf(alpha / 2, moved, 0.5)
     most = np.where(2 * scipy.stats.binom.cdf(most, moved, 0.5) <= alpha, most, most - 1)
     found = scipy.stats.binom.cdf(most, moved, loss / (gain + loss))
-    return float((scipy.stats.binom.pmf(moved, n, gain + loss) * found).sum())
+    return min(together, float((scipy.stats.binom.pmf(moved, n, gain + loss) * found).sum()))

@@ -216,7 +216,12 @@ def _lost_on_halves(
     k: int,
     score: FloatArray | None = None,
 ) -> tuple[float | None, Interval | None]:
-    """Mean regret on second halves of the k heads that a score, or the ASR of the first half, puts first."""
+    """Mean regret on second halves of the k heads that a score, or the ASR of the first half, puts first.
+
+    The interval is 1.96 standard errors of the resamples either way, cut at 0 and 1. Their percentiles will not do: the
+    best heads of a resample are best by hindsight twice over. Where nothing is given away, it is that of the largest
+    share of other prompts that n prompts, or clusters, can have missed.
+    """
     if not halves:
         return None, None
     n = len(counts.sizes)
@@ -231,7 +236,9 @@ def _lost_on_halves(
         regrets.append(lost[0])
         redrawn += [lost[1:]] if at < _N_RESAMPLED_SPLITS else []
     mean = float(np.mean(regrets))
-    return mean, _regret_interval(mean, np.mean(redrawn, axis=0), n)
+    found = np.mean(redrawn, axis=0).tolist()
+    interval = _about(mean, found, len(found)) if mean > 1e-12 else None
+    return mean, interval or bootstrap_interval(np.full(n, mean), least=0.0)
 
 
 def _given_away(asr: FloatArray, chosen: NDArray[np.int64]) -> FloatArray:
@@ -242,16 +249,6 @@ def _given_away(asr: FloatArray, chosen: NDArray[np.int64]) -> FloatArray:
     # Sums of the same ASRs in another order differ in the last bits.
     lost: FloatArray = np.maximum(best.mean(axis=1) - taken.mean(axis=1), 0.0)
     return lost
-
-
-def _regret_interval(regret: float, redrawn: FloatArray, n: int) -> Interval:
-    """The estimate and 1.96 standard errors of its resamples, cut at 0 and 1.
-
-    Their percentiles will not do: the best heads of a resample are best by hindsight twice over. Where nothing is given
-    away, the interval is that of the largest share of other prompts that n prompts, or clusters, can have missed.
-    """
-    interval = _about(regret, redrawn.tolist(), len(redrawn)) if regret > 1e-12 else None
-    return interval or bootstrap_interval(np.full(n, regret), least=0.0)
 
 
 def _raised(weights: FloatArray, moved: FloatArray) -> NDArray[np.bool_]:
