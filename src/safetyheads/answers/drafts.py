@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, MutableSet, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
@@ -146,12 +147,9 @@ class DraftPass:
         # Choice by choice, not group by group: so one draw of noise serves the whole batch.
         n_groups, n_wanted = hidden.shape[:2]
         states = hidden.transpose(0, 1).flatten(0, 1)  # [n_wanted * n_groups, d_model]
-        step = max(1, self.engine.logits_at_once // self.engine.architecture.vocabulary_size)
-        parts = []
-        for at in range(0, len(states), step):
-            logits = self.engine.logits(states[at : at + step])
-            part_places = [places[row // n_groups] for row in range(at, at + len(logits))]
-            parts.append(choose(logits, part_places, self.sampling))
+        of_rows, parts = iter([place for place in places for _ in range(n_groups)]), []
+        for logits in self.engine.logit_chunks(states):
+            parts.append(choose(logits, list(islice(of_rows, len(logits))), self.sampling))
         tokens, margins = (
             torch.cat(side).view(n_wanted, n_groups).T.cpu().numpy() for side in zip(*parts, strict=True)
         )

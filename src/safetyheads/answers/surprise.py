@@ -6,6 +6,7 @@ prompt's answer or loops longer than the rules look for, is unlikely to the mode
 
 import hashlib
 from collections.abc import Sequence
+from itertools import islice
 from typing import TypeAlias
 
 import numpy as np
@@ -91,20 +92,16 @@ def surprises_of(
     if engine.architecture.turns:
         # These families take places in the row for positions, so the row's length has to be proved.
         engine.prove_up_to(longest_row(sequences, plan))
-    step, last = max(1, engine.logits_at_once // engine.architecture.vocabulary_size), engine.n_layers - 1
-    means: list[float] = []
+    means, last = list[float](), engine.n_layers - 1
     # Row by row: the answers of a chunk may be too many to hold the states of all.
     for members in plan.rows:
         row = Plan((members,), 1, plan.threads)
         captures = engine.captured(sequences, (), UNDIFFERENTIATED_ATTENTION, row, last)
         states = engine.replayed(captures, [()], UNDIFFERENTIATED_ATTENTION, last)[0]
-        tokens = torch.tensor([token for member in members for token in wanted[member]], device=states.device)
-        chosen = [
-            torch.log_softmax(engine.logits(states[at : at + step]).double(), dim=-1)
-            .gather(1, tokens[at : at + step, None])
-            .squeeze(1)
-            for at in range(0, len(states), step)
-        ]
+        tokens, chosen = iter([[token] for member in members for token in wanted[member]]), []
+        for logits in engine.logit_chunks(states):
+            these = torch.tensor([*islice(tokens, len(logits))], device=logits.device)
+            chosen.append(torch.log_softmax(logits.double(), dim=-1).gather(1, these).squeeze(1))
         parts = torch.split(torch.cat(chosen), [len(wanted[member]) for member in members])
         means += [-float(part.mean()) for part in parts]
     return means

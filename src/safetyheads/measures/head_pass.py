@@ -307,9 +307,8 @@ class HeadPass:
 @torch.inference_mode()
 def next_token_log_probabilities(engine: Engine, states: Tensor) -> Iterator[Tensor]:
     """Next-token log-probabilities of states [n, d_model] before the final norm: chunks [some of n, vocabulary]."""
-    step = max(1, engine.logits_at_once // engine.architecture.vocabulary_size)
-    for at in range(0, len(states), step):
-        yield torch.log_softmax(engine.logits(states[at : at + step]).double(), dim=-1)
+    for logits in engine.logit_chunks(states):
+        yield torch.log_softmax(logits.double(), dim=-1)
 
 
 def log_odds(log_probabilities: Tensor, openers: Sequence[int]) -> Tensor:

@@ -376,6 +376,12 @@ class Engine(Shown):
         allowed = planning.allowed_memory(self.device, self.memory_budget, _MEMORY_SHARE)
         return max(1, min(most, allowed // bytes_per_token))
 
+    def logit_chunks(self, states: Tensor) -> Iterator[Tensor]:
+        """The logits of states [n, d_model] before the final norm, as many together as fit: [some of n, vocabulary]."""
+        yield from map(
+            self.logits, torch.split(states, max(1, self.logits_at_once // self.architecture.vocabulary_size))
+        )
+
     @property
     def logits_at_once(self) -> int:
         """Logits in memory together, in elements, when next tokens are read."""

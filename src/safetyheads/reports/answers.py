@@ -134,7 +134,11 @@ def side_by_side(
     for row in rows:
         if row["set"] in sets:
             by_place.setdefault(heads_of(row), {}).setdefault(row["set"], []).append(row)
-    stored = {heads: {name: _in_order(of[name]) for name in sets if name in of} for heads, of in by_place.items()}
+    # Reversed: of a group that was answered in two parts, the first answers stand.
+    stored = {
+        heads: {name: GroupAnswers.of("", reversed(of[name]), lead).flat() for name in sets if name in of}
+        for heads, of in by_place.items()
+    }
     named = {",".join(heads): stored[frozenset(heads)] for heads in groups if frozenset(heads) in stored}
     unablated, group = stored.get(frozenset(), {}), ",".join(chosen)
     texts_of = () if not show_texts else ("", *named) if texts_of is None else texts_of
@@ -148,12 +152,6 @@ def side_by_side(
         found["by_category"] = by_category(before, harmful[group], lead, (results.get("coherence") or {}).get("limit"))
         found["by_prompt"] = by_prompt(before, harmful, group, lead, show_texts)
     return found
-
-
-def _in_order(rows: Sequence[Record]) -> list[Record]:
-    """By prompt and seed; the first one where a group was answered in two parts."""
-    by_place = {(row["id"], row.get("seed", 0)): row for row in reversed(rows)}
-    return [by_place[at] for at in sorted(by_place)]
 
 
 def by_category(

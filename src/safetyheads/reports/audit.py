@@ -288,10 +288,8 @@ def rate_rows(x: float, series: str, rate: Mapping[str, Any] | None, names: Sequ
     """A row of a figure, or none for a rate of nothing."""
     if rate is None or rate["rate"] is None:
         return []
-    low, high = map(charts.rounded, rate["interval"] or (None, None))
-    answers = f"{rate['count']} of {rate['n']}"
-    row = {"x": x, "series": series, "y": charts.rounded(float(rate["rate"])), "low": low, "high": high}
-    return [row | {"answers": answers, "heads": ", ".join(names) or "none"}]
+    told = {"answers": f"{rate['count']} of {rate['n']}", "heads": ", ".join(names) or "none"}
+    return [charts.interval_row(x, float(rate["rate"]), rate["interval"], series=series, **told)]
 
 
 def _highest(score: Mapping[str, Any]) -> str:
@@ -313,9 +311,8 @@ def _prompts_needed(results: Results) -> Spec | None:
     rows: list[Row] = []
     for top in (results.get("stability") or {"tops": ()})["tops"]:
         for point in top["curve"]:
-            low, high = map(charts.rounded, point["interval"])
-            row = {"x": point["n"], "y": charts.rounded(point["overlap"]), "low": low, "high": high}
-            rows.append(row | {"series": f"top {top['k']}", "n": point["n"]})
+            told = {"series": f"top {top['k']}", "n": point["n"]}
+            rows.append(charts.interval_row(point["n"], point["overlap"], point["interval"], **told))
     if not rows:
         return None
     titles = "prompts drawn (log scale)", "share of the top heads found"

@@ -8,8 +8,8 @@ import math
 import re
 import textwrap
 from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache, partial
 from importlib.resources import files
 from typing import Any, Literal, TypeAlias
 
@@ -117,15 +117,15 @@ def _light_colours() -> dict[str, str]:
     return dict(re.findall(r"(--[\w-]+): ([^;]+);", style))
 
 
-def _coloured(value: Any) -> Any:
-    """The specification in the colours of the light theme, as the page's script puts them in."""
-    if isinstance(value, str):
-        return _light_colours().get(value, value)
-    if isinstance(value, list):
-        return [_coloured(inner) for inner in value]
+def _with_texts(change: Callable[[str], str], value: Any, without: Collection[str] = ()) -> Any:
+    """The same with each text changed, but for what stands under the names ``without``."""
+    if isinstance(value, list | tuple):
+        return [_with_texts(change, inner, without) for inner in value]
     if isinstance(value, dict):
-        return {name: inner if name in _NAMES else _coloured(inner) for name, inner in value.items()}
-    return value
+        return {
+            name: inner if name in without else _with_texts(change, inner, without) for name, inner in value.items()
+        }
+    return change(value) if isinstance(value, str) else value
 
 
 def _longest_name(value: Any) -> int:
@@ -154,24 +154,19 @@ def pictures(specs: Mapping[str, Spec], columns: Mapping[str, Any]) -> dict[str,
                 by_name[head][mark] = True
     found = {}
     for name, spec in specs.items():
-        drawn = _coloured(spec) | {"datasets": {**spec.get("datasets", {}), HEADS: heads}, "background": "#fcfbf8"}
+        # In the colours of the light theme, as the page's script puts them in.
+        drawn = _with_texts(lambda text: _light_colours().get(text, text), spec, _NAMES)
+        drawn |= {"datasets": {**spec.get("datasets", {}), HEADS: heads}, "background": "#fcfbf8"}
         text = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 400}
         columns_of_legend = max(1, _PICTURE_WIDTH // (34 + 7 * _longest_name(spec)))
         legend = text | {"labelLimit": _PICTURE_WIDTH - 60, "columns": columns_of_legend}
         drawn |= {"config": {"axis": text, "legend": legend}} | ({"columns": 2} if "facet" in spec else {})
         drawn |= {"width": _PICTURE_WIDTH} if spec.get("width") == "container" else {}
-        png = vl_convert.vegalite_to_png(_drawable(drawn), vl_version=_VERSION, scale=1.25)
+        # No picture can hold some characters, such as those of control.
+        drawn = _with_texts(partial(_NOT_DRAWN.sub, "\ufffd"), drawn)
+        png = vl_convert.vegalite_to_png(drawn, vl_version=_VERSION, scale=1.25)
         found[name] = f"data:image/png;base64,{b64encode(png).decode()}"
     return found
-
-
-def _drawable(value: Any) -> Any:
-    """The same with a sign in the place of each character that no picture can hold, such as those of control."""
-    if isinstance(value, dict):
-        return {key: _drawable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_drawable(item) for item in value]
-    return _NOT_DRAWN.sub("\ufffd", value) if isinstance(value, str) else value
 
 
 # Axes, series, tooltips.
@@ -185,6 +180,12 @@ def titled(text: str) -> list[str]:
 def rounded(value: float | None, digits: int = 5) -> float | None:
     """As many digits as a figure shows: a page may carry numbers of thousands of heads."""
     return None if value is None else float(f"{value:.{digits}g}")
+
+
+def interval_row(x: Any, y: float | None, interval: Sequence[float] | None, **more: Any) -> dict[str, Any]:
+    """A row of a figure: a point with its interval, and what else is told of it."""
+    low, high = map(rounded, interval or (None, None))
+    return {"x": x, "y": rounded(y), "low": low, "high": high, **more}
 
 
 def score_columns(scores: Mapping[str, Row]) -> dict[str, list[float | None]]:

@@ -82,9 +82,8 @@ def _drawn(compared: Compared) -> Iterator[dict[str, Any]]:
     for name, attribute in CHANGES.items():
         change = compared[attribute]
         if change is not None and change["interval"]:
-            low, high = map(charts.rounded, change["interval"])
-            row = {"x": CHANGE_LABELS[attribute], "y": charts.rounded(change["change"]), "low": low, "high": high}
-            yield row | {"series": "", "n": str(min(change["n"])), "limit": limits.get(name)}
+            told = {"series": "", "n": str(min(change["n"])), "limit": limits.get(name)}
+            yield charts.interval_row(CHANGE_LABELS[attribute], change["change"], change["interval"], **told)
 
 
 def _settings(compared: Compared) -> Iterator[tuple[str, str, str]]:

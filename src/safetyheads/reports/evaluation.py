@@ -48,7 +48,5 @@ def _drawn(results: Results) -> Iterator[dict[str, Any]]:
     for metric in results["metrics"]:
         change = metric["difference"]
         if change and change["interval"] and metric["unit"] == "share":
-            low, high = map(charts.rounded, change["interval"])
             label = f"{metric['task']} {metric['metric']}, {metric['variant']}"
-            row = {"x": label, "y": charts.rounded(change["change"]), "low": low, "high": high}
-            yield row | {"series": "", "n": str(change["n"])}
+            yield charts.interval_row(label, change["change"], change["interval"], series="", n=str(change["n"]))

@@ -32,11 +32,9 @@ class _Numbers(TypedDict):
     interval: tuple[float, float] | None
 
 
-class _Counted(TypedDict):
+class _Counted(_Numbers):
     count: int
-    n: int
     rate: float | None
-    interval: tuple[float, float] | None
 
 
 class _Told(TypedDict):

@@ -108,20 +108,11 @@ def proxy_qualities(
             hits = float(differs[chosen].sum()) if differs.any() else None
             sizes.append(AtSize(k, hits, regret, *_lost_on_halves(counts, halves, k, values)))
         auc, p_value = _auc(values, differs)
+        within = None if resampled_differs is None else _about(auc, _aucs(values, resampled_differs))
         spearman, _ = _correlation(scipy.stats.spearmanr, values, asr)
-        qualities.append(
-            ProxyQuality(
-                name,
-                spearman,
-                _jackknifed(spearman, _spearmans(values, without), n, _spearmans(values, counts.rates(weights))),
-                auc,
-                None if resampled_differs is None else _about(auc, _aucs(values, resampled_differs)),
-                p_value,
-                int(differs.sum()),
-                len(differs),
-                tuple(sizes),
-            )
-        )
+        interval = _jackknifed(spearman, _spearmans(values, without), n, _spearmans(values, counts.rates(weights)))
+        known = int(differs.sum()), len(differs), tuple(sizes)
+        qualities.append(ProxyQuality(name, spearman, interval, auc, within, p_value, *known))
     return tuple(qualities)
 
 
@@ -151,19 +142,9 @@ def split_half(
         sizes.append(AtSize(k, hits, regret, regret, interval))
     spearman = _mean(next(iter(_spearmans(first, second[None])), None) for first, second in both)
     reliability = spearman_brown(spearman)
-    return ProxyQuality(
-        "split_half",
-        spearman,
-        _over_prompts(counts, halves, spearman),
-        None,
-        None,
-        None,
-        int(differs.sum()),
-        len(differs),
-        tuple(sizes),
-        reliability,
-        None if reliability is None else float(np.sqrt(reliability)),
-    )
+    bounded = reliability, None if reliability is None else float(np.sqrt(reliability))
+    known = None, None, None, int(differs.sum()), len(differs), tuple(sizes)
+    return ProxyQuality("split_half", spearman, _over_prompts(counts, halves, spearman), *known, *bounded)
 
 
 def spearman_brown(correlation: float | None) -> float | None:
