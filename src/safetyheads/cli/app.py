@@ -181,14 +181,11 @@ def sweep(
     audits = {out / place: audit for place, audit in audits.items()}
     _refuse(out, report, all(audit.store_completions for audit in audits.values()))
     options.refuse_idle_judge_workers(chain.from_iterable(map(_judges_of, audits.values())))
-
-    def load(config: AuditConfig) -> "Engine":
-        return load_engine(config, progress) if machine is None else machine.engine(config)
-
-    how: dict[str, Any] = {"command": sys.argv, "dry_run": options.dry_run, "machine": machine}
-    how["shard"] = options.parsed_shard
-    if options.ray is None or options.dry_run or machine is not None:
-        costs, failed = carry_out_sweep(audits, load, progress, **how)
+    load = partial(load_engine, progress=progress) if machine is None else machine.engine
+    is_estimate = options.dry_run or machine is not None
+    if options.ray is None or is_estimate:
+        how: dict[str, Any] = {"dry_run": options.dry_run, "machine": machine, "shard": options.parsed_shard}
+        costs, failed = carry_out_sweep(audits, load, progress, command=sys.argv, **how)
     else:
         from safetyheads.integrations.ray_workers import sweep_by_workers
 
@@ -196,7 +193,7 @@ def sweep(
     failures = [error for error in failed.values() if not isinstance(error, TooFewPromptsError)]
     for place, error in failed.items():
         show.print_error(f"{'error: ' * (error in failures)}{place.name}: {error}")
-    if options.dry_run or machine is not None:
+    if is_estimate:
         lines = [f"{place.name}: {line}" for place, cost in costs.items() for line in cost["lines"]]
         seconds = {"at_most": sum(cost["seconds"]["at_most"] for cost in costs.values())}
         found = {"dry_run": True, "kind": "sweep", "out": str(out), "lines": lines, "seconds": seconds}

@@ -416,17 +416,12 @@ def _timed(lab: Lab, subject: Subject) -> list[Row]:
 
     # A quarter of the heads at most, so that there is something to screen.
     extent = Extent(n_candidates=min(16, n_heads // 4 or 1), n_sampled=min(32, n_heads // 4))
+    given = engine, prompts, ablation
     ways: list[tuple[str, str, int, int, Callable[[], Any]]] = [
-        (
-            "screened score pass",
-            "Ships of the best",
-            n_heads,
-            n,
-            lambda: screened_ships(engine, prompts, ablation, extent),
-        ),
-        ("score pass", "Ships", n_heads, n, lambda: ships(engine, prompts, ablation)),
+        ("screened score pass", "Ships of the best", n_heads, n, lambda: screened_ships(*given, extent)),
+        ("score pass", "Ships", n_heads, n, lambda: ships(*given)),
         ("plain score loop", "Ships", n_sampled, n, torch.inference_mode()(plain_loop)),
-        ("exhaustive scan", "ASR", n_heads, n, lambda: scan(engine, prompts, ablation, judge, Decoding(n_new))),
+        ("exhaustive scan", "ASR", n_heads, n, lambda: scan(*given, judge, Decoding(n_new))),
         ("plain generation, cached and batched", "ASR", n_sampled, n, plain),
         ("plain generation, no cache", "ASR", 1, len(few), torch.inference_mode()(uncached)),
     ]

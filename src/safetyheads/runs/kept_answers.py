@@ -194,15 +194,14 @@ class KeptAnswers:
         stores_completions: bool = True,
         about: Mapping[str, Any] | None = None,
         measures_surprise: bool = False,
-        holds_texts: bool = True,
     ) -> None:
         """Prepare; nothing is computed yet.
 
         File names begin with the set's ``name``. ``about`` is what records depend on besides, such as the weights in a
-        run of several models. ``measures_surprise`` needs a model whose weights and attention nobody changes. Without
-        ``holds_texts`` records of ablated answers have no texts in memory, which those of a large scan would fill.
+        run of several models. ``measures_surprise`` needs a model whose weights and attention nobody changes.
         """
-        self.holds_texts = holds_texts
+        self.holds_texts = True
+        """Whether records of ablated answers have texts in memory, which those of a large scan would fill."""
         self.failures: dict[str, Failures] = {}
         """What judges failed on, by file: one may be read several times."""
         self._shared: dict[tuple[Any, ...], Any] = {}

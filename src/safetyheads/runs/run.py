@@ -182,14 +182,14 @@ class Run(Generic[Config]):
         decoding: Decoding | None = None,
         stores_completions: bool = True,
         measures_surprise: bool = False,
-        holds_texts: bool = True,
     ) -> None:
         """Prepare; nothing is computed yet. Runs of several models can share a directory; the first judge leads.
 
-        ``measures_surprise`` is for models that nobody changes but by ablations; ``holds_texts`` is as for
-        :class:`.kept_answers.KeptAnswers`.
+        ``measures_surprise`` is for models that nobody changes but by ablations.
         """
-        self.measures_surprise, self.holds_texts = measures_surprise, holds_texts
+        self.measures_surprise = measures_surprise
+        self.holds_texts = True
+        """As of :class:`.kept_answers.KeptAnswers`."""
         self.limit: float | None = None
         """Surprise above which answers are not coherent, once :meth:`find_limit` found it."""
         self.work: Work | None = None
@@ -227,10 +227,10 @@ class Run(Generic[Config]):
             length, full = self.decoding.max_new_tokens, self.decoding.full_answers
             if name not in self._judging:
                 self._judging[name] = Judging(self.engine, self.asked[name].prompts, self.judges, length, full)
-            keeps = self.stores_completions, self._about[name], self.measures_surprise, self.holds_texts
+            keeps = self.stores_completions, self._about[name], self.measures_surprise
             decoding = Decoding(length, sampling, full)
             kept = KeptAnswers(name, self._judging[name], decoding, self.directory, self.progress, *keeps)
-            kept.limit, kept.held = self.limit, self._held
+            kept.limit, kept.held, kept.holds_texts = self.limit, self._held, self.holds_texts
             if hasattr(self.config, "judges") and name.startswith("harmful"):
                 kept.words = judges_named(WORD_JUDGES)
             self._answers[name, sampling] = kept
@@ -628,7 +628,8 @@ def _begun(
     full_answers = getattr(config, "full_answers", kind.full_answers)
     decoding = Decoding(getattr(config, "max_new_tokens", OPENER_TOKENS), sampling, full_answers)
     stores = getattr(config, "store_completions", True)
-    run = Run(engine, config, directory, progress, judges, decoding, stores, kind.measures_surprise, False)
+    run = Run(engine, config, directory, progress, judges, decoding, stores, kind.measures_surprise)
+    run.holds_texts = False
     for name, prompt_set in prompts.items():
         run.add(name, prompt_set)
     run.work = work
