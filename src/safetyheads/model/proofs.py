@@ -334,10 +334,8 @@ def _refuse_other_heads(engine: Engine, layer: int, seen: dict[str, Any]) -> Non
 def _loudest(projection: nn.Module | None, outputs: Tensor, projected: Tensor | None) -> int:
     """The head whose ablation changes its block's output most: with a silent one every claim would hold by itself.
 
-    Args:
-        projection: makes the block's output of its heads' outputs, where known.
-        outputs: of the heads, unablated and all of them ablated [2, n_tokens, n_heads, d_value].
-        projected: the same as the projection is given them, where that is known.
+    ``outputs`` are of the heads, unablated and all of them ablated [2, n_tokens, n_heads, d_value]; ``projected`` the
+    same as the ``projection`` to the block's output is given them, where both are known.
     """
     changes = (outputs[0] - outputs[1])[-_TOKENS_HEARD:].transpose(0, 1)  # [n_heads, n_tokens, d_value]
     if projection is not None and projected is not None:

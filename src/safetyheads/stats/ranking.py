@@ -81,15 +81,12 @@ def proxy_qualities(
     before: FloatArray | None = None,
     clusters: Sequence[int] | None = None,
 ) -> tuple[ProxyQuality, ...]:
-    """Each score's quality.
+    """The quality of each score [n_heads], by name; a head without a score (NaN) comes last.
 
-    Args:
-        scores: by name, [n_heads]; a head without a score (NaN) comes last.
-        complied: [n_prompts, n_heads], share of a prompt's answers that comply with the head ablated; unscored ones
-            are 0.
-        differs: [n_heads], whether the head's ASR is higher than the unablated one after correction.
-        before: [n_prompts], the same unablated; without it AUC has no interval.
-        clusters: near-duplicates [n_prompts], which are drawn, left out and put into halves together.
+    ``complied`` [n_prompts, n_heads] is the share of a prompt's answers that comply with the head ablated, where
+    unscored ones are 0; ``before`` [n_prompts] the same unablated, without which AUC has no interval. ``differs``
+    [n_heads] says whether the head's ASR is higher than the unablated one after correction. ``clusters`` [n_prompts]
+    of near-duplicates are drawn, left out and put into halves together.
     """
     asr, counts = complied.mean(axis=0), _by_cluster(complied, clusters)
     halves, n = _halves(counts), len(counts.sizes)
