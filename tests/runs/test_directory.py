@@ -280,8 +280,8 @@ def test_no_list_of_files_reaches_out_of_a_strangers_run(tmp_path, place, caplog
     with started(tmp_path / "run") as run:
         assert list(run.stored_records()) == []
         for outside in ("../mine", str(mine)):
-            with pytest.raises(InputError, match="leads out of the run directory"):
-                run._set_aside(outside, InputError("damaged"))
+            with pytest.raises(InputError, match="leads out of the run directory"), run._setting_aside(outside):
+                raise InputError("damaged")
     assert mine.read_text() == "mine"
     assert "no stored part of a run" in caplog.text
 

@@ -237,13 +237,10 @@ class RunDirectory:
             for place in sorted(places) if self._lock is None else self._names(f"{_REMEMBERED}/*.jsonl"):
                 if place in self._known_places:
                     continue
-                try:
-                    with as_damaged(self.path / place):
-                        (record,) = self.read(place)
-                        self._known[record["name"]] = record["value"]
+                with self._setting_aside(place), as_damaged(self.path / place):
+                    (record,) = self.read(place)
+                    self._known[record["name"]] = record["value"]
                     self._known_places.add(place)
-                except InputError as error:
-                    self._set_aside(place, error)
         if not prefix:
             return self._known
         return {name: value for name, value in self._known.items() if name.startswith(prefix)}
@@ -296,12 +293,10 @@ class RunDirectory:
         """
         for place in sorted(self._files):
             if place.startswith("completions/") and fnmatch(stage_of(place), stage):
-                try:
+                records: list[Record] = []
+                with self._setting_aside(place):
                     records = self.read(place)
-                except InputError as error:
-                    self._set_aside(place, error)
-                else:
-                    yield from records
+                yield from records
 
     def divide(self, stage: str, units: Units) -> None:
         """Divide the units of a stage among the shards, before any of them is computed, and list them in the plan."""
@@ -445,10 +440,8 @@ class RunDirectory:
     def _stored(self, place: str, stage: str, make: Callable[[], bytes], replaces: bool = True) -> Any:
         """What a file holds; a file that is absent or damaged is made first, unless another shard makes it."""
         if os.path.lexists(self.path / place):
-            try:
+            with self._setting_aside(place):
                 return self.read(place)
-            except InputError as error:
-                self._set_aside(place, error)
         elif place in self._files:
             _log.warning("%s is lost and computed again", self.path / place)
         if self._borrowed(place):
@@ -490,19 +483,23 @@ class RunDirectory:
         """Every stored part that is there."""
         return [place for folder in sorted(_FOLDERS) for place in self._names(f"{folder}/**/*.*")]
 
-    def _set_aside(self, place: str, error: InputError) -> None:
-        """Move a damaged file away, so that it is computed again; a run that is only read is refused instead."""
-        if self._lock is None:
-            raise error
-        self._files.pop(place, None)
-        if not os.path.lexists(self.path / place):
-            _log.warning("%s", error)
-            return
-        damaged, aside = self._inside(place), self._inside(f"set-aside/{place}")
-        with as_input_error(aside):
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(damaged, aside)
-        _log.warning("%s. What was there is in %s", error, aside)
+    @contextmanager
+    def _setting_aside(self, place: str) -> Iterator[None]:
+        """Within, a file that is damaged is moved away, so that it is computed again; where runs are read, refused."""
+        try:
+            yield
+        except InputError as error:
+            if self._lock is None:
+                raise
+            self._files.pop(place, None)
+            if not os.path.lexists(self.path / place):
+                _log.warning("%s", error)
+                return
+            damaged, aside = self._inside(place), self._inside(f"set-aside/{place}")
+            with as_input_error(aside):
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(damaged, aside)
+            _log.warning("%s. What was there is in %s", error, aside)
 
     # Results.
 
@@ -520,10 +517,8 @@ class RunDirectory:
         with self.writing():
             for place in (places := self.places()):
                 if place not in self._files or not self.shard.alone:  # others judge again, and write anew
-                    try:
+                    with self._setting_aside(place):
                         self.read(place)
-                    except InputError as error:
-                        self._set_aside(place, error)
             stages = {}
             for stage, of in groupby(sorted(filter(self._files.get, places), key=stage_of), stage_of):
                 listed = [[place, *self._files[place]] for place in of]
@@ -578,21 +573,17 @@ class RunDirectory:
 
     def _load_stages(self) -> None:
         for place in self._names("stages/*.json"):
-            try:
+            with self._setting_aside(place):
                 self._load_stage(place)
-            except InputError as error:
-                self._set_aside(place, error)
 
     # Times, reports, checks.
 
     def add_timings(self, timings: Mapping[str, Any]) -> None:
         """Add to ``timings.json``: seconds, dates and rates, kept apart from the results."""
         with self.writing():
-            try:
+            known: dict[str, Any] = {}
+            with self._setting_aside("timings.json"):
                 known = self.read_timings()
-            except InputError as error:
-                self._set_aside("timings.json", error)
-                known = {}
             for name, value in timings.items():
                 before = known.get(name)
                 known[name] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
@@ -620,10 +611,8 @@ class RunDirectory:
     def verify(cls, path: str | os.PathLike[str]) -> Verification:
         """Read every file of a run, and hold it to its checksums and to the lists of finished stages."""
         folder = Path(path)
-        return cls(folder, _read_manifest(folder))._verified()
-
-    def _verified(self) -> Verification:
-        found = Verification(finished=os.path.lexists(self.path / "results.json"))
+        run = cls(folder, _read_manifest(folder))
+        found = Verification(finished=os.path.lexists(folder / "results.json"))
 
         def check(names: Iterable[str], read: Callable[[str], Any]) -> None:
             for name in names:
@@ -633,12 +622,12 @@ class RunDirectory:
                 except InputError as error:
                     found.damaged[name] = str(error)
 
-        check(sorted({*self._names("stages/*.json"), *self._stages_of_results()}), self._load_stage)
-        check(self._names("plan/*.json") + self._names("starts/*.json"), self._read_json)
-        check(self._names("timings.json"), self._read_json)
-        check(["results.json"] * found.finished, lambda _: self._read_finished())
-        listed, places = set(self._files), set(self.places())
-        check(sorted(places | listed), self.read)
+        check(sorted({*run._names("stages/*.json"), *run._stages_of_results()}), run._load_stage)
+        check(run._names("plan/*.json") + run._names("starts/*.json"), run._read_json)
+        check(run._names("timings.json"), run._read_json)
+        check(["results.json"] * found.finished, lambda _: run._read_finished())
+        listed, places = set(run._files), set(run.places())
+        check(sorted(places | listed), run.read)
         found.unlisted = sorted(places - listed)
         return found
 
