@@ -30,7 +30,7 @@ from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory, records_place
 from safetyheads.runs.rates import GroupAnswers, without_texts
 from safetyheads.runs.shards import Units
-from safetyheads.runs.stored_files import Record, content_key
+from safetyheads.runs.stored_files import Record, content_key, converted
 
 Placed: TypeAlias = tuple[int, Group, Answer]
 """An answer with the number of its prompt and what was ablated."""
@@ -355,10 +355,9 @@ class KeptAnswers:
             return [asdict(decoded) for decoded in answers]
 
         if self._decoded.keys().isdisjoint(part):
-            name, fields, tuples = f"drafts-{self.name}", self._fields(None, part), ("token_ids", "margins")
+            name, fields = f"drafts-{self.name}", self._fields(None, part)
             records = self.directory.records(name, fields, compute) if self.stores_completions else compute()
-            answers = (Answer(**{**record, **{name: tuple(record[name]) for name in tuples}}) for record in records)
-            self._decoded |= zip(part, answers, strict=True)
+            self._decoded |= zip(part, (converted(record, Answer) for record in records), strict=True)
         return {number: self._decoded[number] for number in part}
 
     @cached_property

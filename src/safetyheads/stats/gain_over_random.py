@@ -4,8 +4,6 @@ The concentration is the mean over group sizes 1 to S of (ASR with the group of 
 random groups of that size): the area between the two curves of ASR against size, divided by S. It is 1 where the first
 head frees every prompt and no random head frees any, 0 where chosen heads do as random ones do, negative where they do
 worse. An answer without a verdict counts as not complied, so that every prompt is in every curve.
-
-Its interval is crossed over the prompts and the random groups: others of both would move it.
 """
 
 import math
