@@ -86,6 +86,7 @@ app = App(
 )
 app.register_install_completion_command(name="--install-completion")
 app.config = (settings_file, refuse_misread)
+_SWEEP_FILE = "TOML file: models, prompts and ablations, lists of names or of tables; settings of audits."
 _DEMO_FIXED = ("model", "prompts", "benign", "column", "adapter", "allow_pickle", "trust_remote_code")
 
 
@@ -149,10 +150,7 @@ def scan(config: ScanConfig, where: RunOptions, report: ReportOptions, output: O
 
 @command
 def sweep(
-    file: Annotated[
-        Path | None,
-        Parameter(help="TOML file: models, prompts and ablations, lists of names or of tables; settings of audits."),
-    ] = None,
+    file: Annotated[Path | None, Parameter(help=_SWEEP_FILE)] = None,
     /,
     *,
     combined: Annotated[dict[str, Any], Given(SweepOptions)],
