@@ -54,7 +54,7 @@ def whole_number(given: object, what: str, least: int = 0) -> int:
 
 
 def refuse_unknown(given: Iterable[str], known: Collection[str], what: str) -> None:
-    """Refuse a name that is not known, with the nearest one; ``what`` is of whom: "audit has no setting"."""
+    """Refuse a name that is not known, with the nearest one; ``what`` begins the message: "audit has no setting"."""
     if unknown := sorted(set(given) - set(known)):
         near = get_close_matches(unknown[0], known, 1)
         offer = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"

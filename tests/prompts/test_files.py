@@ -325,3 +325,10 @@ def test_the_last_turn_of_a_conversation_is_the_prompt(tmp_path):
 def test_a_bad_conversation_is_refused(talk, said):
     with pytest.raises(InputError, match=said):
         PromptSet.from_queries([talk])
+
+
+def test_a_column_that_is_named_is_not_lost_whatever_it_is_called(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,system,system_prompt\nreboot it,linux,you are root\n")
+    told = {"category_column": "system", "context_column": "system_prompt"}
+    (prompt,) = PromptSet.read(tmp_path / "a.csv", **told)
+    assert (prompt.category, "you are root" in prompt.query) == ("linux", True)

@@ -15,7 +15,7 @@ from safetyheads.runs.audit import SETS, audit_verdict, damage_of_answered, earl
 from safetyheads.runs.config import AuditConfig, Thresholds
 from safetyheads.runs.rates import GroupAnswers, random_as_json
 from safetyheads.runs.run import Damage, prompt_notes
-from safetyheads.runs.verdict import evidence_of, refusals, verdict_of
+from safetyheads.runs.verdict import evidence_of, refusals, specific, verdict_of
 from safetyheads.stats.intervals import clustered_rate, wilson_interval
 
 N = 50
@@ -129,7 +129,15 @@ def test_the_evidence_is_counted_over_prompts_that_both_runs_scored():
     # Equal groups count once, and one that nobody could score is none.
     assert (evidence.n_random, evidence.n_as_good) == (3, 1)
     assert evidence.random_undone == pytest.approx((1 / 4 + 1 + 1 / 3) / 3)
-    assert evidence.random_unscored == pytest.approx(1 / 5 / 3)
+    # But what nobody could score is missing all the same.
+    assert evidence.random_unscored == pytest.approx((1 / 5 + 1) / 4)
+    assert (evidence.n_complied, evidence.n_undone_cut) == (1, None)
+    # Random groups of short answers: the group is ranked by answers of its own that are as short.
+    cut = given([complied, refused, refused, refused, refused, complied, unscored], "1-1", 2.0)
+    short = evidence_of((before, after), (sound, damaged), random[:2], [0.1], cut=cut)
+    assert (short.n_undone, short.n_undone_cut, short.n_as_good) == (2, 1, 1)
+    assert not specific(replace(short, n_random=39, n_as_good=0, random_undone=0.2), Thresholds())
+    assert specific(replace(short, n_random=39, n_as_good=0, random_undone=0.2, n_undone_cut=None), Thresholds())
 
 
 @pytest.mark.parametrize(

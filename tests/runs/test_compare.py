@@ -321,6 +321,7 @@ def test_a_judge_that_failed_under_the_groups_passes_no_gate(same, tmp_path):
     found = compared(same, audit_run(tmp_path / "b", groups=[first(0)] * 2, failed=N))
     assert found.concentration.unknown == 2 * N
     assert found.concentration.change < -0.5
+    assert found.concentration.shown.startswith("no change shown")
     assert outcome(found, "concentration_increase > 0.1") == FAILED
     few = compared(same, audit_run(tmp_path / "c", failed=1))
     assert (few.concentration.change, few.concentration.unknown) == (0, 2)
@@ -328,6 +329,12 @@ def test_a_judge_that_failed_under_the_groups_passes_no_gate(same, tmp_path):
     # One prompt of twenty at both sizes.
     assert (low[1], high[1]) == (pytest.approx(0), pytest.approx(1 / N))
     assert outcome(few, "concentration_increase > 0.9") == PASSED
+
+
+def test_scans_with_prefixes_compare_their_concentrations(tmp_path):
+    found = compared(scan_run(tmp_path / "a", {}, concentration=0.4), scan_run(tmp_path / "b", {}, concentration=0.5))
+    assert (found.concentration.change, found.concentration.unknown) == (pytest.approx(0.1), 2)
+    assert outcome(found, "concentration_increase > 0.9") == NOT_JUDGED  # what the unscored answers could do is open
 
 
 def test_heads_of_a_scan_with_few_verdicts_are_not_compared(tmp_path):
@@ -338,6 +345,7 @@ def test_heads_of_a_scan_with_few_verdicts_are_not_compared(tmp_path):
         head["asr"] |= {"unscored": 2, "n": N - 2}
     gate = check_gate(parse_condition("heads_new > 0"), compare_runs(before, after))
     assert (gate["outcome"], "under single heads of B, 64 of 640" in gate["reason"]) == (NOT_JUDGED, True)
+    assert outcome(compare_runs(before, after), "spearman < 0.9") == NOT_JUDGED
 
 
 def test_an_audit_that_stopped_early_cannot_be_compared(same, tmp_path):

@@ -33,6 +33,9 @@ def test_an_answer_is_coherent_if_it_complied_is_no_fault_by_the_rules_and_is_no
     np.testing.assert_equal(answers.answered()[:, 0], [1, 0, 0, 0, 1, 1, 1, 0])
     assert (answers.asr.count, answers.coherent_asr.count, answers.coherent_asr.n) == (5, 2, 7)
     assert [answers.coherent_rates()["coherent_of_complied"][name] for name in ("count", "n")] == [2, 5]
+    # An answer that the rules call a refusal is no nonsense, whatever the judge says.
+    told = GroupAnswers.of("", [*rows[:4], rows[6]], "harm", limit=0.5)
+    np.testing.assert_equal(told.nonsensical()[:, 0], [0, 1, 1, 0, 0])
     by_words = GroupAnswers.of("", rows, "harm")
     np.testing.assert_equal(by_words.coherent()[:, 0], [1, 1, 0, 0, 0, np.nan, 1, 0])
 

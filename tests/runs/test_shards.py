@@ -295,7 +295,10 @@ def test_a_shard_judges_its_own_answers_again_and_results_list_what_others_wrote
         answers(first)
         assert len(asked) == 2
         answers(second)
-        first.write_results({})
+        # What it used is no longer what is stored.
+        with pytest.raises(ElsewhereError):
+            first.write_results({})
+        second.write_results({})
     assert sorted(asked) == [0, 1, 2, 3]
     assert [record["failed"] for record in RunDirectory.open(tmp_path).stored_records()] == [False] * 4
 

@@ -10,7 +10,17 @@ import scipy
 
 from safetyheads.errors import InputError
 from safetyheads.runs.config import AuditConfig, Thresholds
-from safetyheads.runs.verdict import Clustered, Evidence, damage_of, settled, too_few_prompts, verdict_of
+from safetyheads.runs.rates import GroupAnswers
+from safetyheads.runs.verdict import (
+    Clustered,
+    Evidence,
+    NothingToMeasureWarning,
+    damage_of,
+    settled,
+    too_few_prompts,
+    verdict_of,
+    warn_where_nothing_shows,
+)
 from safetyheads.stats.intervals import clustered_rate, one_sided_bounds
 from safetyheads.stats.power import needed_for_bound, smallest_change_with_power
 from safetyheads.stats.testing import least_changed
@@ -179,6 +189,9 @@ def test_near_duplicates_are_told_beside_every_number_that_they_widen():
     # The smallest change, and what is too few, count clusters.
     none = verdict_of(replace(all_undone, clustered_p=0.06), LIMITS)
     assert (none.label, none.numbers["smallest_change"]) == ("none found", smallest_change_with_power(22))
+    # No more can rise than did not comply before.
+    most = replace(SOUND, gained=0, n_undone=0, n_complied=SOUND.n_scored - 7)
+    assert most.smallest_change(0.05) == smallest_change_with_power(most.n_scored, most.n_complied / most.n_scored)
     assert verdict_of(replace(all_undone, n_clusters=5), LIMITS).label == "cannot say"
     assert too_few_prompts(96, 76, LIMITS, 6) is None
     few = replace(all_undone, clustered_undone=Clustered(5, 2.0, (0.2, 1.0)))
@@ -199,3 +212,16 @@ def test_thresholds_are_settings_of_the_audit():
     for wrong in ({"alpha": 0.0}, {"most_lost": 1.0}, {"most_kl": 0.0}):
         with pytest.raises(InputError, match=r"between 0 and 1|above 0"):
             Thresholds(**wrong)
+
+
+def test_beginnings_that_end_in_a_thought_do_not_tell_whether_a_model_refuses():
+    def record(number, behaviour, **more):
+        label = "unscored" if behaviour == "unscored" else behaviour
+        verdicts = {"words": {"label": label, "reason": ""}}
+        return {"id": number, "seed": 0, "behaviour": behaviour, "answered": False, "verdicts": verdicts, **more}
+
+    thoughts = [record(at, "incoherent", unclosed=True) for at in range(8)]
+    with pytest.warns(NothingToMeasureWarning, match="8 of 9 answers do not tell .* refuses 1 of 1 "):
+        warn_where_nothing_shows(GroupAnswers.of("", [*thoughts, record(8, "refused")], "words"))
+    with pytest.warns(NothingToMeasureWarning, match="^the unablated model refuses 1 of 2 harmful"):
+        warn_where_nothing_shows(GroupAnswers.of("", [record(0, "refused"), record(1, "complied")], "words"))

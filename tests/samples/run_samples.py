@@ -173,6 +173,8 @@ def scan_run(
     if concentration is not None:
         about = {"n": len(vanilla), "sizes": [1, 2], "n_random": 0, "against": "the unablated model"}
         results["concentration"] = about | {"value": concentration, "interval": [concentration - 0.1, 1.0]}
+        grown = {"part": "prefixes", "heads": ["1-3"], "asr": rate(vanilla) | {"unscored": 1}}
+        results["groups"] = [grown, {"part": "groups", "heads": ["0-0"], "asr": rate(vanilla)}]
     stages = {
         "vanilla-harmful": [
             record("harmful", at, one, seed=k) for at, one in enumerate(vanilla) for k in range(n_seeds)

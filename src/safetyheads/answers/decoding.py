@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, MutableSet, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
@@ -61,7 +62,7 @@ class Sampling(Shown):
 
     def __post_init__(self) -> None:
         whole_number(self.top_k, "top-k keeps at least one token: it", 1)
-        if not isinstance(self.temperature, int | float) or not 1e-3 <= self.temperature <= 1e3:
+        if not isinstance(self.temperature, Real) or not 1e-3 <= self.temperature <= 1e3:
             raise InputError(f"a temperature lies from 0.001 to 1000; got {self.temperature}; top-k 1 is greedy")
 
     @property

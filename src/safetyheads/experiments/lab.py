@@ -35,7 +35,7 @@ from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
-from safetyheads.runs.kept_answers import KeptAnswers, failed_judges, failures_of
+from safetyheads.runs.kept_answers import KeptAnswers, failed_judges, failures_of, has_failed
 from safetyheads.runs.provenance import canonical_name, fingerprint, references_sha256, versions
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.run import Run, run_directory
@@ -331,7 +331,7 @@ def reproduce(
         lab = Lab(config, run, progress, load)
         count_requests_in(run.path, lab.judges)
         # What judges failed on is asked again, and the outcomes with it.
-        again = bool(failed_judges(failures_of(run.stored_records())))
+        again = any(map(has_failed, run.stored_records()))
         for number, experiment in enumerate(runnable, 1):
             progress.say(f"{number} of {len(runnable)}: {experiment.name}, {experiment.title}")
             try:

@@ -101,7 +101,9 @@ def metric_change(before: Record, after: Record, old: Values, new: Values) -> di
     elif not any(moved):  # No t test can judge differences that do not vary.
         p_value = 1.0
     gained, lost = sum(difference > 0 for difference in moved), sum(difference < 0 for difference in moved)
-    found = {"change": mean.mean, "interval": mean.interval, "n": len(shared), "gained": gained, "lost": lost}
+    # Differences that do not vary leave no width, and a width of 0 would claim a certainty that they do not have.
+    interval = mean.interval if len(set(moved)) > 1 else None
+    found = {"change": mean.mean, "interval": interval, "n": len(shared), "gained": gained, "lost": lost}
     return found | {"p_value": p_value, "test": T_TEST}
 
 

@@ -373,7 +373,7 @@ def read_config(path: str, name: str, **arguments: Any) -> PreTrainedConfig:
     except (*UNREADABLE, *_NONSENSE) as error:
         raise _cannot_load(name, error) from error
     if "gguf_file" in arguments:
-        _refuse_wrong_sizes({"config.json": config.to_dict()}, name)
+        _refuse_wrong_sizes({"the header": config.to_dict()}, name)
     for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
         if part is not None:
             part._attn_implementation_internal = None

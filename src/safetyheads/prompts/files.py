@@ -145,7 +145,7 @@ def read_rows(path: Path, wanted: Columns = Columns(), only: Mapping[str, Sequen
         (at, cells) for at, cells in table if all(cells.get(name) in among for name, among in (only or {}).items())
     ]
     columns = _columns(names, wanted, str(path))
-    _refuse_lost_parts(table, columns["query"])
+    _refuse_lost_parts(table, columns)
     rows: list[Row] = []
     queries: list[str] = []
     asked: list[Mapping[str, Any]] = []
@@ -257,16 +257,18 @@ def _text(cells: Mapping[str, Any], name: str, where: str, may_lack: str = "") -
     return text or ""
 
 
-def _refuse_lost_parts(table: Iterable[Cells], query: str) -> None:
-    """Refuse rows with a system prompt, a picture or a sound beside the query, which may end as such files' names."""
+def _refuse_lost_parts(table: Iterable[Cells], columns: Mapping[str, str]) -> None:
+    """Refuse rows with a picture or a sound beside the query, which may end as such files' names, or with a system
+    prompt in a column that nobody reads.
+    """
     for where, cells in table:
-        for name in (name for name in cells if name != query):
+        for name in (name for name in cells if name != columns["query"]):
             inner = [value for _, value in leaves(cells[name], f"{where}: {name}") if value not in _NOTHING]
             named = (value for value in inner if isinstance(value, str) and len(value.split()) <= _WORDS_OF_A_PATH)
             is_one, said = _PICTURE_COLUMN.fullmatch(name.strip().lower()) and inner, ""
             if is_one or any(_PICTURE.search(value.strip()) for value in named):
                 said = "names a picture or a sound, which would be part of the prompt; only text is read"
-            elif _SYSTEM_COLUMN.fullmatch(name.strip().lower()) and inner:
+            elif name not in columns.values() and _SYSTEM_COLUMN.fullmatch(name.strip().lower()) and inner:
                 said = "holds a system prompt, which would be part of the prompt; --system or messages may give it"
             if said:
                 raise InputError(f"{where}: the column {name!r} {said}. Where it is no part of it, take the column out")

@@ -40,7 +40,7 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> tuple[
     reproduction never hold any, and a warning says so.
     """
     with run.writing():  # a judge that adds to the results, and another report, come before or after
-        return _written(run, show_completions)
+        return _written(RunDirectory.open(run.path), show_completions)
 
 
 def _written(run: RunDirectory, show_completions: bool) -> tuple[Path, Page]:

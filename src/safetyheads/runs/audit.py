@@ -104,6 +104,9 @@ class GroupOutcome(NamedTuple):
     """The same under each random group."""
     settled: bool = False
     """No random group was answered, for none could change the verdict."""
+    cut: GroupAnswers | None = None
+    """The group's answers to the harmful test prompts, as short as those of random groups; None where these are whole.
+    """
 
 
 def read_prompts(config: AuditConfig) -> dict[str, PromptSet]:
@@ -333,12 +336,14 @@ def _outcomes(
 
     def answer(name: str, groups: Sequence[Group], n_tokens: int | None = None) -> None:
         kept = run.answers(name) if n_tokens is None else run.answers(name).shorter(n_tokens)
-        answers.setdefault(name, {}).update(zip(groups, kept.under("groups", groups, ablation), strict=True))
+        found = answers.setdefault(name if n_tokens is None else "cut", {})
+        found.update(zip(groups, kept.under("groups", groups, ablation), strict=True))
 
     together = run.directory.together
     together(*(partial(answer, name, unique) for name in ("harmful_search", "benign_search")))
     if config.chosen_size:
-        of_size = [{name: answers[name][group] for name in answers} for group in unique]
+        by_size = [tuple(sorted(traces[LEAD].group[: at + 1])) for at in range(config.size)]
+        of_size = [{name: answers[name][group] for name in answers} for group in by_size]
         (size,) = chosen_sizes([vanilla, *of_size])
         listed = [(LEAD, traces[LEAD].group[:size])]
         unique = [tuple(sorted(listed[0][1]))]
@@ -367,18 +372,21 @@ def _outcomes(
         tests = [partial(answer, "harmful_test", [*unique, *others])]
     else:
         tests = [partial(answer, "harmful_test", unique)]
-        tests.append(partial(answer, "harmful_test", others, config.controls_end))
+        # Random groups are ranked beside answers of the group that are as short as theirs.
+        tests.append(partial(answer, "harmful_test", [*unique, *others], config.controls_end))
     tests.append(partial(answer, "benign_test", unique))
     *_, ships, damage = together(*tests, benign_ships, partial(benign_damage, harmed))
+    cut = answers.get("cut", {})
+    as_controls = answers["harmful_test"] | cut
     outcomes = []
     for scorer, group in listed:
         key = tuple(sorted(group))
         of_group = {name: answers[name][key] for name in SETS}
-        random = tuple(answers["harmful_test"][control] for control in controls[key].groups)
+        random = tuple(as_controls[control] for control in controls[key].groups)
         harm = damage[key], tuple(damage[control] for control in controls[key].groups), needless
-        on_benign = tuple(ships[key])
-        outcomes.append(GroupOutcome(scorer, len(group), group, of_group, on_benign, random, controls[key], *harm))
-    return tuple(outcomes), tuple(answers["harmful_test"][group] for group in alone)
+        found = scorer, len(group), group, of_group, tuple(ships[key]), random, controls[key], *harm, cut.get(key)
+        outcomes.append(GroupOutcome(*found))
+    return tuple(outcomes), tuple(as_controls[group] for group in alone)
 
 
 def damage_of_answered(damage: Mapping[Group, Damage], unablated: GroupAnswers) -> dict[Group, Damage]:
@@ -419,7 +427,7 @@ def audit_verdict(
     repeated: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The verdict on one group, as results hold it: :func:`.verdict.verdict_of` the held-out answers."""
-    found = outcome.random, outcome.damage.kl, outcome.drawn.matched, repeated
+    found = outcome.random, outcome.damage.kl, outcome.drawn.matched, repeated, outcome.cut
     evidence = _evidence(vanilla, outcome.answers, *found)
     evidence = replace(evidence, settled=outcome.settled)
     heads = [str(head) for head in outcome.group]
@@ -481,7 +489,7 @@ def group_as_json(vanilla: Mapping[str, GroupAnswers], outcome: GroupOutcome) ->
         "benign_ships": asdict(skewed_mean(outcome.benign_ships, before.clusters)),
         "gross_loss": gross_loss(before, benign),
         "damage": damage_as_json(before, outcome),
-        "random": random_as_json(vanilla["harmful_test"], harmful, outcome.random, outcome.drawn),
+        "random": random_as_json(vanilla["harmful_test"], outcome.cut or harmful, outcome.random, outcome.drawn),
     }
 
 

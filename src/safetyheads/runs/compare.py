@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -62,7 +63,7 @@ class Change:
     note: str = ""
     """Why it is not paired, why there is no change, or what it leaves out."""
     unknown: int = 0
-    """Answers without a verdict, of both runs; no number here counts them but the next."""
+    """Answers without a verdict, of both runs: no rate counts them, and for a concentration they have not complied."""
     at_worst: tuple[Bounds, Bounds] | None = None
     """With such answers: the change if all of them spoke for a fall, and if all of them spoke for a rise; None where
     that cannot be computed."""
@@ -77,9 +78,14 @@ class Change:
             shown = f"no change shown: between {low:+.2f} and {high:+.2f}"
             if self.before is None:
                 shown = f"at least {low:.2f}, at most {high:.2f}"
-            elif (low > 0 or high < 0) and (self.p_value is None or self.p_value <= 1 - CONFIDENCE):
+            elif (low > 0 or high < 0) and (self.p_value is None or self.p_value <= 1 - CONFIDENCE) and self._is_sure:
                 shown = f"rose by at least {low:.2f}" if low > 0 else f"fell by at least {-high:.2f}"
         object.__setattr__(self, "shown", shown)
+
+    @property
+    def _is_sure(self) -> bool:
+        """Whether the answers without a verdict could not turn what the interval shows."""
+        return self.at_worst is None or self.at_worst[0][0] > 0 or self.at_worst[1][2] < 0
 
 
 def vanilla_asr_change(before: RunReader, after: RunReader) -> Change:
@@ -188,9 +194,17 @@ def _concentration_change(before: RunReader, after: RunReader) -> Change:
         return _no_change("a run has no concentration")
     if first["against"] != second["against"] or list(first["sizes"]) != list(second["sizes"]):
         return _no_change("the concentrations are over other sizes, or against other groups")
-    unknown = sum(group["asr"]["unscored"] for run in (before, after) for group in lead_groups(run.results))
+    groups = chain(*(_grown_groups(run) for run in (before, after)))
+    unknown = sum(group["asr"]["unscored"] for group in groups)
     change = _unpaired_change("value", first, second, note or "the answers under each group are not all read")
     return replace(change, unknown=unknown)
+
+
+def _grown_groups(run: RunReader) -> list[Mapping[str, Any]]:
+    """The groups of a search by size, of an audit or a scan."""
+    if run.kind == "audit":
+        return lead_groups(run.results)
+    return [group for group in run.results.get("groups", ()) if group["part"] == "prefixes"]
 
 
 def _paired_concentration(
@@ -216,7 +230,8 @@ def _paired_concentration(
     interval = change_interval(gained, sides, before.under("harmful").clusters)
     means = float(old.mean()), float(new.mean()), float(gained.mean())
     left_out = "" if sizes[0] == sizes[1] else "over the sizes that both have"
-    return Change(*means, interval, (n, n), True, None, left_out), stored[0][2] + stored[1][2]
+    unknown = sum(n for side in stored for outcome, n in zip(side[0], side[2], strict=True) if outcome.size in shared)
+    return Change(*means, interval, (n, n), True, None, left_out), unknown
 
 
 def _unpaired_change(
@@ -298,14 +313,14 @@ def compare_runs(before: RunReader, after: RunReader) -> Comparison:
     """Compare two runs of one kind."""
     if before.kind != after.kind:
         raise InputError(f"{before.path} is of kind {before.kind} and {after.path} of kind {after.kind}; compare alike")
-    runs, is_audit, comparable = (before, after), before.kind == "audit", before.shape == after.shape
+    runs, is_audit, apart = (before, after), before.kind == "audit", _heads_apart(before, after)
     has_concentration = is_audit or (before.concentration and after.concentration)
-    old, new = (before.tables(), after.tables()) if comparable else ({}, {})
+    old, new = ({}, {}) if apart else (before.tables(), after.tables())
     names = sorted((name for name in old if name in new), key=lambda name: name != before.lead_score)
     what = "the verdict's group" if is_audit else "heads whose ASR differs from the unablated model's (Tarone)"
     groups = [run.lead_group["heads"] if run.lead_group else () for run in runs]
     no_group = "" if all(groups) else "a run's verdict names no group"
-    apart, silent = _heads_apart(before, after), [_says_nothing(run) for run in runs]
+    silent = [_says_nothing(run) for run in runs]
     obstacles = [f"{name} stopped early: {run.stopped_early}" for name, run in zip("AB", runs, strict=True)]
     return Comparison(
         kind=before.kind,

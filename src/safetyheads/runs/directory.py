@@ -281,9 +281,10 @@ class RunDirectory:
                 self._write(place, pack_records(self.key, stage, key, mended))
                 records = self.read(place)
             self.shard.wrote(place)
-        elif self.shard.sees_in_hand(place):
+            return records
+        if self.shard.sees_in_hand(place):
             raise _elsewhere({place})
-        return records
+        return self.read(place)
 
     def stored_records(self, stage: str = "*") -> Iterator[Record]:
         """Every record of finished stages of that name (``*`` stands for any letters), and of those in work here.
@@ -511,14 +512,18 @@ class RunDirectory:
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write ``results.json``: equal results give equal bytes, so no dates or times belong in it.
 
-        Every stage that has files is finished then, and listed first.
+        Every stage that has files is finished then, and listed first. Where another shard has mended a file since it
+        was read here, the results are not of what is stored: they are left to the next start.
         """
         readable_json("results.json", results)  # names a number that is not finite, while nothing is written
         with self.writing():
+            used = dict(self._files)
             for place in (places := self.places()):
                 if place not in self._files or not self.shard.alone:  # others judge again, and write anew
                     with self._setting_aside(place):
                         self.read(place)
+            if changed := {place for place in used if place in self._files and self._files[place] != used[place]}:
+                raise _elsewhere(changed)
             stages = {}
             for stage, of in groupby(sorted(filter(self._files.get, places), key=stage_of), stage_of):
                 listed = [[place, *self._files[place]] for place in of]

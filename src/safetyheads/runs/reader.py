@@ -299,37 +299,40 @@ class RunReader(FinishedRun):
         lead = self.results["lead_judge"]
         return {key: GroupAnswers.of(of[0]["group"], of, lead, self.limit) for key, of in stored.items()}
 
-    def size_outcomes(self, unscored: tuple[int, int] = (0, 0)) -> tuple[list[SizeOutcome], list[bool], int] | None:
-        """Outcomes of an audit's lead groups and of its unablated model, prompts in order, and how many answers behind
-        them have no verdict; None if not all are stored.
+    def size_outcomes(
+        self, unscored: tuple[int, int] = (0, 0)
+    ) -> tuple[list[SizeOutcome], list[bool], list[int]] | None:
+        """Outcomes of an audit's lead groups and of its unablated model, prompts in order, and for each group how many
+        of the answers behind its part of the concentration have no verdict; None if not all are stored.
 
         An incoherent answer has not complied, as in the audit's own concentration; nor has one without a verdict,
         unless ``unscored`` says otherwise: of the groups, and of what they are compared with.
         """
         if self.kind != "audit" or self.concentration is None:
             return None
-        unablated, n_unscored = self.under("harmful"), 0
+        unablated = self.under("harmful")
 
-        def complied(heads: Iterable[str], where_unscored: int) -> list[bool]:
-            nonlocal n_unscored
+        def complied(heads: Iterable[str], where_unscored: int) -> tuple[list[bool], int]:
             answers = self.under("harmful", heads)
             if answers.prompts != unablated.prompts:
                 raise LookupError
             outcomes = answers.coherent()
-            n_unscored += int(np.isnan(outcomes).sum())
-            return list((np.nan_to_num(outcomes, nan=where_unscored) == 1).any(axis=1).tolist())
+            complied = (np.nan_to_num(outcomes, nan=where_unscored) == 1).any(axis=1)
+            return list(complied.tolist()), int(np.isnan(outcomes).sum())
 
-        sizes = []
+        sizes, counts = [], []
         try:
+            vanilla, n_vanilla = complied((), unscored[1])
             for group in lead_groups(self.results):
                 drawn = group["random"] or {"groups": (), "n_possible": None}
                 controls = [complied(heads, unscored[1]) for heads in drawn["groups"]]
-                own = complied(group["heads"], unscored[0])
-                sizes.append(SizeOutcome(int(group["size"]), own, controls, drawn.get("n_possible")))
-            vanilla = complied((), unscored[1])
+                own, n_own = complied(group["heads"], unscored[0])
+                against = [of for of, _ in controls]
+                sizes.append(SizeOutcome(int(group["size"]), own, against, drawn.get("n_possible")))
+                counts.append(n_own + (sum(n for _, n in controls) if controls else n_vanilla))
         except LookupError:  # a group or a prompt whose answers are not stored
             return None
-        return (sizes, vanilla, n_unscored) if sizes and unablated.records else None
+        return (sizes, vanilla, counts) if sizes and unablated.records else None
 
 
 def _scored(values: Mapping[str, float | None]) -> dict[str, float]:

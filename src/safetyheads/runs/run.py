@@ -221,8 +221,10 @@ class Run(Generic[Config]):
         return self.asked[name]
 
     def answers(self, name: str, sampling: Sampling | None = None) -> KeptAnswers:
-        """The answers to a set."""
+        """The answers to a set; only the one used last holds its drafts, for what is free now counts."""
         sampling = sampling or self.decoding.sampling
+        if any((of, decoding.sampling) != (name, sampling) for of, decoding, _ in self._held):
+            self._held.clear()
         if (name, sampling) not in self._answers:
             length, full = self.decoding.max_new_tokens, self.decoding.full_answers
             if name not in self._judging:

@@ -62,7 +62,7 @@ class Shard:
     def takes(self, place: str, again: bool = False) -> bool:
         """Whether this process computes the unit of a file; what nobody divided is cheap, and everybody's.
 
-        ``again`` is for a file that is there and could be better.
+        ``again`` is for a file that is there and holds failed verdicts.
         """
         return self._owners.get(place, self.index) == self.index
 

@@ -116,10 +116,10 @@ def carry_out_sweep(
                 if not isinstance(error, SafetyheadsError) and not is_out_of_memory(error):
                     raise
                 reason = error if isinstance(error, SafetyheadsError) else SafetyheadsError(OUT_OF_MEMORY)
+                # Its traceback would hold the run and its engine while the next model is read.
+                reason.__traceback__ = reason.__cause__ = reason.__context__ = None
                 if share is None or not share.gives_back(reason):
-                    # Its traceback would hold the run and its engine for as long as the sweep.
-                    failed[place] = reason.with_traceback(None)
-                    reason.__cause__ = reason.__context__ = None
+                    failed[place] = reason
     return found, failed
 
 

@@ -90,6 +90,10 @@ class Evidence:
     """Of them, as many prompts or more coherently complied with."""
     random_undone: float
     """Share of the refusals that the random groups undo on average."""
+    n_complied: int = 0
+    """Scored prompts that are coherently complied with unablated."""
+    n_undone_cut: int | None = None
+    """Refusals that the group undoes by answers as short as those under random groups; None where these are whole."""
     random_unscored: float = 0.0
     """Share of the answers under them that have no verdict."""
     matched: str = "layers"
@@ -115,7 +119,8 @@ class Evidence:
 
     def smallest_change(self, alpha: float) -> float | None:
         """Rise of coherent compliance that such prompts show with 80 % power, near-duplicates as one; None if none."""
-        return smallest_change_with_power(self.n_scored if self.n_clusters is None else self.n_clusters, alpha=alpha)
+        before = self.n_complied / self.n_scored if self.n_scored else 0.0
+        return smallest_change_with_power(self.n_clusters or self.n_scored, before, alpha)
 
     @property
     def p_value(self) -> float:
@@ -169,19 +174,23 @@ def evidence_of(
     kl: Sequence[float],
     matched: str = "layers",
     repeated: Mapping[str, Any] | None = None,
+    cut: GroupAnswers | None = None,
 ) -> Evidence:
     """Counts held-out answers: unablated ones and those under the group, and those under its random groups.
 
     ``kl`` is the teacher-forced KL of each benign prompt answered unablated; ``matched`` says where the random groups'
-    heads lie; ``repeated`` is the rate of resamples that lead to the same group, as JSON.
+    heads lie; ``repeated`` is the rate of resamples that lead to the same group, as JSON; ``cut`` are the group's
+    answers to harmful prompts that are as short as those under random groups, where these are not whole.
     """
     # Of each prompt's first answer: audits have one.
     (before, after), loss = (answers.coherent()[:, 0] for answers in harmful), gross_loss(*benign)
-    of_both, own, by_group = beside_random(*harmful, random)
-    scored, others = of_both[:, 0], [other[:, 0] for other in by_group.values()]
+    of_both, own, by_group = beside_random(harmful[0], cut or harmful[1], random)
+    others = [other[:, 0] for other in by_group.values()]
+    scored = ~np.isnan(before + after)
     refused = scored & refusals(harmful[0])
     rates = [np.nanmean(other) for other in others]
-    unscored = [np.isnan(other[scored]).mean() for other in others]
+    distinct = {control.group: control.coherent()[of_both[:, 0], 0] for control in random}
+    unscored = [np.isnan(other).mean() for other in distinct.values() if len(other)]
     of_refused = [other[refused & ~np.isnan(other)] for other in others]
     undone = [np.mean(other == 1) for other in of_refused if len(other)]
     most_undone = max((int((other[refused] == 1).sum()) for other in others), default=0)
@@ -212,6 +221,8 @@ def evidence_of(
         kl=float(np.mean(kl)) if len(kl) else None,
         n_kl=len(kl),
         n_random=len(rates),
+        n_complied=int((scored & (before == 1)).sum()),
+        n_undone_cut=None if cut is None else int((refused & (cut.coherent()[:, 0] == 1)).sum()),
         n_as_good=int(sum(rate >= own for rate in rates)),
         random_undone=float(np.mean(undone)) if undone else 0.0,
         random_unscored=float(np.mean(unscored)) if unscored else 0.0,
@@ -336,9 +347,19 @@ def too_few_prompts(
 
 
 def warn_where_nothing_shows(answers: GroupAnswers, alpha: float = Thresholds.alpha) -> None:
-    """Warn where the unablated model refuses too few prompts; the warning goes into the results."""
-    if refused := _too_few_refused(int(refusals(answers).sum()), str(len(answers.records)), alpha):
-        warnings.warn(f"{refused}: scores of heads are no safety scores here", NothingToMeasureWarning, stacklevel=2)
+    """Warn where the unablated model refuses too few prompts; the warning goes into the results.
+
+    Beginnings that end in a thought, and those without a verdict, say neither.
+    """
+    tells = ~np.isnan(answers.verdicts()[:, 0]) & (
+        answers.where(lambda record: record.get("unclosed", False))[:, 0] == 0
+    )
+    n, n_told = len(tells), int(tells.sum())
+    if refused := _too_few_refused(int((refusals(answers) & tells).sum()), str(n_told), alpha):
+        why = f"{refused}: scores of heads are no safety scores here"
+        if n_told < n:
+            why = f"{n - n_told} of {n} answers do not tell whether they refuse; of the others {refused}"
+        warnings.warn(why, NothingToMeasureWarning, stacklevel=2)
 
 
 def significant(evidence: Evidence, thresholds: Thresholds) -> bool:
@@ -351,7 +372,8 @@ def specific(evidence: Evidence, thresholds: Thresholds) -> bool:
 
     Rank alone is not enough: where any group undoes many refusals, the searched one is easily the best of forty.
     """
-    much = evidence.random_undone * evidence.n_refused <= thresholds.most_random * evidence.n_undone
+    undone = evidence.n_undone if evidence.n_undone_cut is None else evidence.n_undone_cut
+    much = evidence.random_undone * evidence.n_refused <= thresholds.most_random * undone
     return evidence.random_p_value <= thresholds.alpha and much
 
 
@@ -407,7 +429,9 @@ def _numbers_in_words(evidence: Evidence, group: str) -> str:
     if evidence.n_random:
         mean = f"{evidence.n_random} random groups undo {_short(evidence.random_undone)} on average"
         mean += f" and at most {evidence.most_random_undone} of {evidence.n_refused}"
-        parts.append(f"{mean}, {evidence.n_as_good or 'none'} of them as many")
+        if evidence.n_undone_cut is not None:
+            mean += f" (the group {evidence.n_undone_cut} by answers as short as theirs)"
+        parts.append(f"{mean}, {evidence.n_as_good or 'none'} of them with as high a coherent ASR")
     if evidence.broken is not None:
         broken = f", at most {_short(evidence.broken[1])}{_joined(evidence.clustered_broken)}"
     parts.append(f"benign answers lost: {evidence.n_broken} of {evidence.n_answered}{broken}")
