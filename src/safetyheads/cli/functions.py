@@ -60,7 +60,9 @@ def compare(run_a: AnyPath, run_b: AnyPath) -> Comparison:
 
 
 def read_run(path: AnyPath) -> RunReader | FinishedRun:
-    """A finished run: its results and table; of an audit or scan its scores, answers and charts too. Loads no model."""
+    """A finished run: its results and table; of an audit or scan its scores, answers and charts too, and
+    of ``ships`` and ``sahara`` scores or a chart. Loads no model.
+    """
     run = FinishedRun(Path(as_path(path, "a run")))
     return RunReader(run.path) if run.kind in ("audit", "scan") else run
 

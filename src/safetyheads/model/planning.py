@@ -124,7 +124,7 @@ def logits_at_once(memory_budget: int | None) -> int:
     return _LOGITS_AT_ONCE if memory_budget is None else min(_LOGITS_AT_ONCE, memory_budget // (4 * _LOGIT_BYTES))
 
 
-_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "ALLOC_FAILED")
+_TORCH_SAYS = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "ALLOC_FAILED")
 """How torch says so of the CPU, on Linux and on others, and of CUDA's libraries."""
 
 
@@ -137,7 +137,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_SAYS)
 
 
 @contextmanager

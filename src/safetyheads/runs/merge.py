@@ -86,7 +86,7 @@ def _refuse_gaps(runs: Sequence[RunDirectory], there: set[str]) -> None:
     missing, count = list[int](), max(run.n_shards for run in runs)
     stages = set()
     planned = [{content_key({stage: sorted(units.items())}): units for stage, units in run.planned()} for run in runs]
-    planned = [stages for stages in planned if stages] or [{}]  # a shard that was killed at once has no say
+    planned = [reached for reached in planned if reached] or [{}]  # a shard that was killed at once has no say
     for key in set.intersection(*map(set, planned)):
         units = planned[0][key]
         owner = owners(units, count)

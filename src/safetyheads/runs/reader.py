@@ -125,7 +125,7 @@ class FinishedRun(Table):
         return {self.results["score"]: HeadTable(self.results["score"], _scored(values), 0.0)}
 
     def plot(self) -> "Chart":
-        """The heads as a map; of a search its score step by step, of rates each group's."""
+        """The heads as a map; of a search its score step by step. Rates have no chart."""
         if self.kind == "sahara":
             steps = [{"size": size, **row} for size, row in enumerate(self.to_rows(), start=1)]
             return chart(

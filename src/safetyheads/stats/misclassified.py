@@ -28,7 +28,8 @@ class Accuracy:
     specificity: Rate
     """Of the answers that people do not give it, those that the judge does not either."""
     worth: tuple[float, float] | None = None
-    """Independent answers that each share is worth, where several are to one prompt or to near-duplicates."""
+    """Independent answers that each share is worth: fewer than it has where several are to one prompt or to
+    near-duplicates; None takes them all for independent."""
 
     @property
     def n(self) -> int:
