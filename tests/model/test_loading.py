@@ -154,6 +154,7 @@ def nested(levels):
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be from 1 to 1000; got 1000000000"),
         ({"sliding_window": "x"}, "sliding_window must be from 0"),
         ({"num_nextn_predict_layers": "1"}, "num_nextn_predict_layers must be from 0 to 1000; got '1'"),
+        ({"num_labels": 10**9}, "num_labels must be from 0 to 65536; got 1000000000"),
         ({"num_experts": 4, "num_experts_per_tok": "2"}, "num_experts_per_tok must be from 0"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 1e308}}, "scaling.factor must be from -1000000.0 to"),
         ({"x": nested(600)}, "x.0.0.* is nested too deep"),
