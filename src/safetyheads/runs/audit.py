@@ -342,10 +342,7 @@ def _outcomes(
     together = run.directory.together
     together(*(partial(answer, name, unique) for name in ("harmful_search", "benign_search")))
     if config.chosen_size:
-        by_size = [tuple(sorted(traces[LEAD].group[: at + 1])) for at in range(config.size)]
-        of_size = [{name: answers[name][group] for name in answers} for group in by_size]
-        (size,) = chosen_sizes([vanilla, *of_size])
-        listed = [(LEAD, traces[LEAD].group[:size])]
+        listed = [(LEAD, _of_chosen_size(traces[LEAD].group[: config.size], vanilla, answers))]
         unique = [tuple(sorted(listed[0][1]))]
     controls = run.random_groups(unique, config.n_random, config.seed)
 
@@ -368,13 +365,9 @@ def _outcomes(
         benign = run.head_pass("benign_test", ablation, Readouts(ships=True))
         return dict(zip(unique, benign.measure(unique)["ships"].tolist(), strict=True))
 
-    if config.controls_end is None and not config.needed_controls:
-        tests = [partial(answer, "harmful_test", [*unique, *others])]
-    else:
-        tests = [partial(answer, "harmful_test", unique)]
-        # Random groups are ranked beside answers of the group that are as short as theirs.
-        tests.append(partial(answer, "harmful_test", [*unique, *others], config.controls_end))
-    tests.append(partial(answer, "benign_test", unique))
+    # Random groups are ranked beside answers of the group that are as short as theirs.
+    tests = [partial(answer, "harmful_test", [*unique, *others], config.controls_end)]
+    tests += [partial(answer, name, unique) for name in ("harmful_test", "benign_test")]
     *_, ships, damage = together(*tests, benign_ships, partial(benign_damage, harmed))
     cut = answers.get("cut", {})
     as_controls = answers["harmful_test"] | cut
@@ -387,6 +380,15 @@ def _outcomes(
         found = scorer, len(group), group, of_group, tuple(ships[key]), random, controls[key], *harm, cut.get(key)
         outcomes.append(GroupOutcome(*found))
     return tuple(outcomes), tuple(as_controls[group] for group in alone)
+
+
+def _of_chosen_size(
+    found: Group, vanilla: Mapping[str, GroupAnswers], answers: Mapping[str, Mapping[Group, GroupAnswers]]
+) -> Group:
+    """The first heads of those found, as many as do best on the search half."""
+    by_size = [tuple(sorted(found[:size])) for size in range(1, len(found) + 1)]
+    (size,) = chosen_sizes([vanilla, *({name: answers[name][group] for name in answers} for group in by_size)])
+    return found[:size]
 
 
 def damage_of_answered(damage: Mapping[Group, Damage], unablated: GroupAnswers) -> dict[Group, Damage]:

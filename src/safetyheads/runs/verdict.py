@@ -194,15 +194,7 @@ def evidence_of(
     of_refused = [other[refused & ~np.isnan(other)] for other in others]
     undone = [np.mean(other == 1) for other in of_refused if len(other)]
     most_undone = max((int((other[refused] == 1).sum()) for other in others), default=0)
-    clustered: dict[str, Any] = {}
-    if harmful[0].clusters is not None:
-        clusters = np.array(harmful[0].clusters)
-        clustered["clustered_p"] = paired_difference(before, after, harmful[0].clusters).p_value
-        clustered["n_clusters"] = len(set(clusters[scored].tolist()))
-        if refused.any():
-            of = (after[refused] == 1).astype(float), clusters[refused].tolist()
-            interval, worth = monotone_bounds(*of)
-            clustered["clustered_undone"] = Clustered(len(set(of[1])), worth, interval)
+    clustered = {} if harmful[0].clusters is None else _by_clusters(harmful, scored, refused)
     if benign[0].clusters is not None:
         clustered["benign_worth"] = effective_number(benign[0].clusters)
     if "n_clusters" in loss:
@@ -232,6 +224,20 @@ def evidence_of(
         n_resamples=repeated["n"] if repeated else 0,
         **clustered,
     )
+
+
+def _by_clusters(
+    harmful: tuple[GroupAnswers, GroupAnswers], scored: NDArray[np.bool_], refused: NDArray[np.bool_]
+) -> dict[str, Any]:
+    """What of the evidence on harmful prompts is by near-duplicates."""
+    (before, after), clusters = (answers.coherent()[:, 0] for answers in harmful), np.array(harmful[0].clusters)
+    found: dict[str, Any] = {"clustered_p": paired_difference(before, after, harmful[0].clusters).p_value}
+    found["n_clusters"] = len(set(clusters[scored].tolist()))
+    if refused.any():
+        of = (after[refused] == 1).astype(float), clusters[refused].tolist()
+        interval, worth = monotone_bounds(*of)
+        found["clustered_undone"] = Clustered(len(set(of[1])), worth, interval)
+    return found
 
 
 def refusals(answers: GroupAnswers) -> NDArray[np.bool_]:
