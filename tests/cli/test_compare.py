@@ -128,3 +128,12 @@ def test_help_lists_and_finished_runs_load_no_model_library():
     assert ended.returncode == 0, ended.stderr
     for said in ("sahara", "H heads", "base:"):  # fig6a lacks a base of this model
         assert said in ended.stdout
+
+
+def test_help_whose_reader_has_enough_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "safetyheads", "compare", "--help"]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -733,8 +733,9 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         show.print_error(f"error: {OUT_OF_MEMORY}")
         code = 1
     except SystemExit as error:  # nothing here ends the process: code of the user's or of a library did
-        show.print_error(f"error: code that was run ended the command ({first_line(error)})")
-        code = 1
+        if reads_on := not isinstance(error.__context__, BrokenPipeError):  # rich ends where a pipe's reader has enough
+            show.print_error(f"error: code that was run ended the command ({first_line(error)})")
+        code = int(reads_on)
     except KeyboardInterrupt as interrupt:
         by_signal = isinstance(interrupt, _Terminated)
         word = "terminated" if by_signal else "interrupted"
