@@ -171,7 +171,7 @@ def sweep(
     from safetyheads.runs.sweep import audits_of, carry_out_sweep, read_sweep, sweep_results
 
     options, progress = RunOptions(**where), show.progress_for(output.quiet)
-    machine, settings = options.parsed_machine, {} if file is None else read_sweep(file)
+    shard, machine, settings = options.parsed_shard, options.parsed_machine, {} if file is None else read_sweep(file)
     settings |= {name.removesuffix("_swept"): list(names) for name, names in combined.items()} | config
     audits = audits_of(settings, Path())
     key = content_key({place.name: asdict(audit) for place, audit in audits.items()})
@@ -182,7 +182,7 @@ def sweep(
     load = partial(load_engine, progress=progress) if machine is None else machine.engine
     is_estimate = options.dry_run or machine is not None
     if options.ray is None or is_estimate:
-        how: dict[str, Any] = {"dry_run": options.dry_run, "machine": machine, "shard": options.parsed_shard}
+        how: dict[str, Any] = {"dry_run": options.dry_run, "machine": machine, "shard": shard}
         costs, failed = carry_out_sweep(audits, load, progress, command=sys.argv, **how)
     else:
         from safetyheads.integrations.ray_workers import sweep_by_workers

@@ -367,7 +367,9 @@ def _outcomes(
 
     # Random groups are ranked beside answers of the group that are as short as theirs.
     tests = [partial(answer, "harmful_test", [*unique, *others], config.controls_end)]
-    tests += [partial(answer, name, unique) for name in ("harmful_test", "benign_test")]
+    if config.controls_end is not None:
+        tests.append(partial(answer, "harmful_test", unique))
+    tests.append(partial(answer, "benign_test", unique))
     *_, ships, damage = together(*tests, benign_ships, partial(benign_damage, harmed))
     cut = answers.get("cut", {})
     as_controls = answers["harmful_test"] | cut
