@@ -19,6 +19,9 @@ TOOLS := .venv-tools
 # Tiny models run fastest on one thread; two busy processes of two threads each stall each other.
 export OMP_NUM_THREADS := 1
 
+# Two processes share the demo, each on a core of its own, as machines share a large run.
+HALF := --threads 1 --wait 600 --shard
+
 .PHONY: setup demo real test test-long test-real test-oldest test-peers lint stats docs lock pip-audit clean
 
 setup: $(STAMP)
@@ -29,7 +32,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/safetyheads demo --out runs/demo
+	$(BIN)/safetyheads demo --out runs/demo $(HALF) 1/2 --quiet >/dev/null & \
+	$(BIN)/safetyheads demo --out runs/demo $(HALF) 2/2; status=$$?; wait; exit $$status
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -51,6 +51,7 @@ _LEAST_DRAFTED = 8
 # What answers and records have alike; and what a record has only where it is told.
 _AS_IT_IS = ("finished", "complete", "route", "changed", "behaviour", "answered")
 _WHERE_TOLD = ("surprise", "thinks", "thought", "unclosed")
+_OF_VERDICT = tuple(Verdict.__dataclass_fields__)
 
 
 def has_failed(record: Record) -> bool:
@@ -109,7 +110,8 @@ def record_of(judged: JudgedAnswer, place: Mapping[str, Any], stores_completions
     """
     verdicts = {}
     for name, verdict in judged.verdicts.items():
-        given = {field: value for field, value in asdict(verdict).items() if value not in (None, "")}
+        # Not asdict, which copies what it finds: there are some ten thousand verdicts in a run.
+        given = {field: value for field in _OF_VERDICT if (value := getattr(verdict, field)) not in (None, "")}
         if not verdict.passing:
             del given["passing"]
         # A judge's own words may repeat the answer, so they are stored only with it.
@@ -514,6 +516,11 @@ class KeptAnswers:
             for (number, _, _), judged in zip(placed, self.judging.judged(placed, surprises), strict=True)
         ]
 
+    @cached_property
+    def _described(self) -> list[dict[str, Any]]:
+        """The judges and, last, the rules of words: hundreds of phrases, and every file's key has them."""
+        return [judge.describe() for judge in (*self.judging.judges, self.judging.rules)]
+
     def _fields(self, ablation: Ablation | None, part: Sequence[int] | None = None) -> dict[str, Any]:
         """All that the answers depend on, groups and judges aside; of unablated ones, the prompts of their part."""
         # Judges matter only if they decide where an answer may end.
@@ -524,7 +531,7 @@ class KeptAnswers:
             "tokens": self.asked.sha256,
             "ablation": None if ablation is None else asdict(ablation),
             "decoding": asdict(self.decoding),
-            "stops": [judge.describe() for judge in (*self.judging.judges, self.judging.rules)] if early else [],
+            "stops": self._described if early else [],
         }
 
     def _words_fields(self, part: Sequence[int]) -> dict[str, Any]:
@@ -533,7 +540,7 @@ class KeptAnswers:
     def _judged_fields(self, ablation: Ablation | None, part: Sequence[int] | None = None) -> dict[str, Any]:
         """All that judged answers depend on, groups aside."""
         return self._fields(ablation, part) | {
-            "judges": [judge.describe() for judge in self.judging.judges],
-            "rules": self.judging.rules.describe(),
+            "judges": self._described[:-1],
+            "rules": self._described[-1],
             "surprise": self.measures_surprise,
         }
