@@ -415,7 +415,8 @@ class RunDirectory:
                         del later[at]
                         yield at, value
             if later:
-                time.sleep(min(_POLL_SECONDS, self.shard.wait))
+                # Soon after something came, then less and less often.
+                time.sleep(min(_POLL_SECONDS, self.shard.wait, 0.02 + time.monotonic() - since))
 
     def together(self, *tasks: Callable[[], Any], costs: Sequence[float] = ()) -> list[Any]:
         """The value of every task, as :meth:`each` does them."""
