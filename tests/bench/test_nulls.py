@@ -71,9 +71,10 @@ def test_the_null_is_not_called_concentrated(null, monkeypatch):
 def test_a_whole_audit_says_what_audits_that_share_their_answers_say(null):
     # A review's finding: as TXT files, by SC and six heads, "concentrated" with 53 of 72 benign answers nonsense.
     (shared,) = null.labels([0], [False])
-    assert shared["of 6"] == "partly concentrated"
-    # Its random groups, which those audits leave out here, do as well.
-    assert nulls.audited(null.engine, null.name, "sc", False, 0) in ("not specific", "partly concentrated")
+    # Near-duplicates among the benign prompts count as one, and so few bound no damage.
+    assert shared["of 6"] == "cannot say: damage not bounded"
+    # Its random groups, which those audits leave out here, may do as well.
+    assert nulls.audited(null.engine, null.name, "sc", False, 0) in ("not specific", shared["of 6"])
 
 
 @pytest.mark.long
