@@ -2,6 +2,7 @@
 
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,6 +58,10 @@ def test_ties_are_told_and_the_resolution_makes_ties_and_no_choice():
 
 
 def test_sizes_and_candidates_that_make_no_search_are_refused():
+    assert (
+        sahara(scorer_of(by_hand()), [A, B, C, D], np.int64(2)).group
+        == sahara(scorer_of(by_hand()), [A, B, C, D], 2).group
+    )
     for steps in (-1, 0, 5):
         with pytest.raises(InputError, match=f"size {steps} is out of range"):
             sahara(scorer_of(by_hand()), [A, B, C, D], steps)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from refusals import refused_in_one_line_if_at_all
 from tiny_models import COMMON, build, saved
 from transformers import LlamaConfig
 
-from safetyheads import Engine, InputError
+from safetyheads import Engine
 from safetyheads.judges.base import Completion
 from safetyheads.judges.models import CausalJudge
 
@@ -55,16 +56,6 @@ ODD = st.one_of(
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return Path(saved(build(CONFIG), tmp_path_factory.mktemp("whole")))
-
-
-def refused_in_one_line_if_at_all(*reads):
-    for read in reads:
-        said = ""
-        try:
-            read()
-        except InputError as error:
-            said = str(error)
-        assert "\n" not in said
 
 
 def read_or_refused(whole, folder, changes):

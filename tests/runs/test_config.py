@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from refusals import refused_in_one_line_if_at_all
 
 from safetyheads.cli.options import RunOptions
 from safetyheads.errors import InputError
@@ -38,16 +39,6 @@ ODD = st.one_of(
 VALUES = st.one_of(
     ODD, st.lists(ODD, max_size=3), st.lists(ODD, max_size=2).map(tuple), st.dictionaries(st.text(), ODD)
 )
-
-
-def refused_in_one_line_if_at_all(*reads):
-    for read in reads:
-        said = ""
-        try:
-            read()
-        except InputError as error:
-            said = str(error)
-        assert "\n" not in said
 
 
 def tried(kind, name, value):

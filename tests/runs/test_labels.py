@@ -10,8 +10,8 @@ import pytest
 import scan_samples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from refusals import refused_in_one_line_if_at_all
 from scan_samples import Sample
-from test_config import refused_in_one_line_if_at_all
 
 from safetyheads.errors import InputError
 from safetyheads.judges.base import LABELS

@@ -1,6 +1,7 @@
 """Ranks heads and runs the greedy search of Algorithm 1 with any scorer."""
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 
@@ -34,7 +35,7 @@ def sahara(
         InputError: more steps than heads, or fewer than one.
     """
     heads = parse_heads(heads)
-    if not isinstance(steps, int) or not 1 <= steps <= len(heads):
+    if not isinstance(steps, Integral) or not 1 <= steps <= len(heads):
         raise InputError(f"size {steps!r} is out of range: a group has 1 to {len(heads)} heads here")
     group: Group = ()
     tables: list[HeadScores] = []
