@@ -56,6 +56,16 @@ def test_drafted_and_plain_answers_have_the_same_records(organism, tmp_path, sam
     routes, drafted = records(*arguments, tmp_path / "drafted", 1)
     assert {"drafted", "continued"} <= routes
     assert plain == drafted
+    # In blocks of prompts, of which one alone has its drafts in memory.
+    # Other batches move the last bits of what is measured.
+    monkeypatch.setattr(kept_module, "_PROMPTS_TOGETHER", 3)
+    surprising = [{"surprise": pytest.approx(one["surprise"], abs=1e-6)} if "surprise" in one else {} for one in plain]
+    nearly = [record | measured for record, measured in zip(plain, surprising, strict=True)]
+    routes, in_blocks = records(*arguments, tmp_path / "blocks", 1)
+    assert {"drafted", "continued"} <= routes
+    assert in_blocks == nearly
+    routes, in_blocks = records(*arguments, tmp_path / "plain blocks", 99)
+    assert (routes, in_blocks) == ({"plain"}, nearly)
     assert {record["changed"] for record in plain} == {True, False}
     # Whole answers that are no refusals have a surprise, and no others.
     measured = [record["complete"] and record["behaviour"] != "refused" for record in plain]
@@ -81,7 +91,7 @@ def test_shorter_answers_are_the_beginnings_of_whole_ones(organism, tmp_path, mo
     assert all(other["complete"] for _, other in pairs)
     assert len(added) == 1  # the unablated answers are not stored again
     # The states of one set of drafts are held at a time, and shorter answers have drafts of their own.
-    assert [decoding.max_new_tokens for _, decoding, _ in kept.held] == [3] * (least_drafted == 1)
+    assert [decoding.max_new_tokens for _, decoding, *_ in kept.held] == [3] * (least_drafted == 1)
 
 
 def test_what_judges_failed_on_is_counted_once_however_often_it_is_read(organism, tmp_path):
@@ -130,6 +140,13 @@ def test_a_record_gives_its_answer_back(organism):
         short = record_of(judged, {"id": at, **place}, stores_completions=False)
         assert not {"query", "text", "token_ids"} & short.keys()
         assert judged_answer(short, "phrases", judged.prompt).token_ids == judged.token_ids[:1]
+
+
+@pytest.mark.parametrize(("n_prompts", "sizes"), [(1, [1]), (512, [512]), (513, [256, 257]), (2000, [500] * 4)])
+def test_a_large_set_is_answered_in_blocks_of_about_the_same_size(n_prompts, sizes):
+    blocks = kept_module.blocks_of(n_prompts)
+    assert [number for block in blocks for number in block] == list(range(n_prompts))
+    assert [len(block) for block in blocks] == sizes
 
 
 @pytest.mark.parametrize(("n_groups", "n_prompts"), [(32, 100), (1024, 100), (1024, 520), (5120, 1), (7, 3000)])

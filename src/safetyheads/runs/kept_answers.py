@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, replace
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, islice
 from math import ceil
 from operator import itemgetter
 from typing import Any, Self, TypeAlias
@@ -34,9 +34,13 @@ from safetyheads.runs.stored_files import Record, content_key, converted
 
 Placed: TypeAlias = tuple[int, Group, Answer]
 """An answer with the number of its prompt and what was ablated."""
+_Chunk: TypeAlias = tuple[range, Any, list[tuple[int, Group]]]
+"""A block of prompts, what a key says of the groups, and prompts (by number) of the block with groups."""
 
 # Answers that are stored together: the most that a kill costs.
 _RECORDS_TOGETHER = 2048
+# Prompts whose drafts are in memory together: the states of all layers, and those that choose under a batch of groups.
+_PROMPTS_TOGETHER = 512
 # Of more files than these few the last ones hold fewer answers, so that workers end at about the same time: each holds
 # a share of the groups that are left, as if so many workers took one at once, and an eighth of those above at least.
 _FEW_FILES, _WORKERS, _PARTS = 4, 64, 8
@@ -176,6 +180,12 @@ def prompts_together(lengths: Sequence[int]) -> list[list[int]]:
     return [sorted(part.tolist()) for part in np.array_split(order, n_parts)]
 
 
+def blocks_of(n_prompts: int) -> list[range]:
+    """Prompts, by number, in the blocks that are answered apart: memory then does not grow with the prompts."""
+    n_blocks = ceil(n_prompts / _PROMPTS_TOGETHER)
+    return [range(n_prompts * at // n_blocks, n_prompts * (at + 1) // n_blocks) for at in range(n_blocks)]
+
+
 class KeptAnswers:
     """One set of prompts under one decoding: unablated answers, and answers under any groups of any ablation.
 
@@ -218,7 +228,8 @@ class KeptAnswers:
         """What each chunk of answers cost, in this process or an earlier one; a chunk's file begins with it."""
         self._parts = prompts_together([*map(len, self.asked.token_ids)])
         self._decoded: dict[int, Answer] = {}
-        self.held: dict[tuple[str, Decoding, Ablation], VerifiedDrafts] = {}
+        self._blocks = blocks_of(len(self.asked))
+        self.held: dict[tuple[str, Decoding, Ablation, range], VerifiedDrafts] = {}
         """The drafts used last, which hold states of all layers: a run's sets share this, for the plan counts one."""
 
     def vanilla(self) -> GroupAnswers:
@@ -268,16 +279,20 @@ class KeptAnswers:
         return Surprises(self.engine, self.asked.token_ids, n_tokens)
 
     def under(self, part: str, groups: Sequence[Group], ablation: Ablation) -> list[GroupAnswers]:
-        """Every prompt's answers under each group; one key holds one chunk of groups."""
-        n = len(self.asked)
+        """Every prompt's answers under each group; one key holds one chunk of groups, on one block of prompts."""
         chunks = [
-            ([format_heads(group) for group in chunk], [(number, group) for group in chunk for number in range(n)])
-            for chunk in groups_together(groups, n)
+            (block, [format_heads(group) for group in chunk], [(number, group) for group in chunk for number in block])
+            for block in self._blocks
+            for chunk in groups_together(groups, len(block))
         ]
-        records = self._records(part, ablation, chunks, len(groups))
+        records = iter(self._records(part, ablation, chunks, len(groups)))
+        of_groups: list[list[Record]] = [[] for _ in groups]
+        for block in self._blocks:
+            for of_group in of_groups:
+                of_group += islice(records, len(block))
         return [
-            GroupAnswers.of(format_heads(group), records[at * n : (at + 1) * n], self.lead, self.limit)
-            for at, group in enumerate(groups)
+            GroupAnswers.of(format_heads(group), of_group, self.lead, self.limit)
+            for group, of_group in zip(groups, of_groups, strict=True)
         ]
 
     def shorter(self, n_tokens: int) -> Self:
@@ -293,15 +308,15 @@ class KeptAnswers:
 
         One key holds one chunk of prompts.
         """
-        sizes, numbers = range(1, len(own_groups[0]) + 1), range(len(own_groups))
-        chunks: list[tuple[Any, list[tuple[int, Group]]]] = []
+        sizes, chunks = range(1, len(own_groups[0]) + 1), list[_Chunk]()
         together = max(1, _RECORDS_TOGETHER // max(1, len(sizes)))
-        for at in numbers[::together]:
-            # Every prompt keeps its place; those of other chunks have no groups.
-            chunk = numbers[at : at + together]
-            own = [[own_groups[number][:size] for size in sizes if number in chunk] for number in numbers]
-            texts = [[format_heads(group) for group in groups] for groups in own]
-            chunks.append((texts, [(number, group) for number, groups in enumerate(own) for group in groups]))
+        for block in self._blocks:
+            for chunk in (block[at : at + together] for at in range(0, len(block), together)):
+                # Every prompt keeps its place; those of other chunks have no groups.
+                own = [[group[:size] for size in sizes if at in chunk] for at, group in enumerate(own_groups)]
+                texts = [[format_heads(group) for group in groups] for groups in own]
+                places = [(number, group) for number, groups in enumerate(own) for group in groups]
+                chunks.append((block, texts, places))
         records = self._records(part, ablation, chunks, len(sizes), apart=True)
         columns = {f"top {size}": records[size - 1 :: len(sizes)] for size in sizes}
         return [GroupAnswers.of(label, of, self.lead, self.limit) for label, of in columns.items()]
@@ -385,14 +400,15 @@ class KeptAnswers:
         n_incomplete = sum(not decoded.complete for decoded in answers)
         return answers, Economy(len(answers), 0, 0, 0, n_incomplete, n_tokens, n_tokens)
 
-    def _key(self, ablation: Ablation | None = None) -> str:
+    def _key(self, ablation: Ablation | None = None, block: range = range(0)) -> str:
         """Ends the names of what is remembered of the drafts, under an ablation or at all."""
         sampling = self.decoding.sampling
         ablated = "" if ablation is None else f"_{ablation.key}"
         sampled = "" if sampling.top_k == 1 else f"_{sampling.name}"
         n_tokens = self.decoding.max_new_tokens
         short = "" if n_tokens == self.judging.max_new_tokens else f"_{n_tokens}"
-        return f"{self.name}{ablated}_{sampling.seed}{sampled}{short}"
+        begins = f"_from_{block.start}" if block.start else ""
+        return f"{self.name}{ablated}_{sampling.seed}{sampled}{short}{begins}"
 
     def _drafts_pay(self, n_groups: int, ablation: Ablation) -> bool:
         """Whether groups are answered by drafts; a resumed run decides as the first start did."""
@@ -400,24 +416,29 @@ class KeptAnswers:
         if n_groups < _LEAST_DRAFTED and f"plan_drafts_{self._key(ablation)}" not in known:
             return False
         if fit not in known:
-            self.directory.remember(fit, drafts_fit(self.engine, self.asked.token_ids, self.unablated))
+            fits = (drafts_fit(self.engine, *self._with_answers(block)) for block in self._blocks)
+            self.directory.remember(fit, all(fits))
         return bool(known[fit])
 
-    def _drafts_under(self, ablation: Ablation) -> VerifiedDrafts:
-        """The drafts under an ablation."""
-        place = self.name, self.decoding, ablation
+    def _with_answers(self, block: range) -> tuple[Sequence[tuple[int, ...]], Sequence[Answer]]:
+        """A block's prompts as tokens, and their unablated answers."""
+        return self.asked.token_ids[block.start : block.stop], self.unablated[block.start : block.stop]
+
+    def _drafts_under(self, ablation: Ablation, block: range) -> VerifiedDrafts:
+        """The drafts of a block of prompts under an ablation."""
+        place = self.name, self.decoding, ablation, block
         if place not in self.held:
             self.held.clear()
             # Another plan would move margins in their last bits, and so perhaps the number of near-ties.
-            key, known = self._key(ablation), self.directory.remembered()
-            plan = known.get(f"plan_drafts_{key}")
-            if plan is None and (drafts := drafts_of(self.engine, self.asked.token_ids, self.unablated)):
+            key, known = self._key(ablation, block), self.directory.remembered()
+            plan, (token_ids, unablated) = known.get(f"plan_drafts_{key}"), self._with_answers(block)
+            if plan is None and (drafts := drafts_of(self.engine, token_ids, unablated)):
                 # Asked of the directory first: where shards start at once, all take the plan of the first one.
                 layout = self.engine.plan([draft.sequence for draft in drafts.values()])
                 plan = self.directory.remember(f"plan_drafts_{key}", layout.as_dict())
-            asked = self.engine, self.asked.token_ids, ablation, self.decoding, self.judging.stop
+            asked = self.engine, token_ids, ablation, self.decoding, self.judging.stop
             how = None if plan is None else Plan.from_dict(plan), known.get(f"tolerance_{key}"), self._n_rows
-            verified = VerifiedDrafts(*asked, self.unablated, *how, self._halved)
+            verified = VerifiedDrafts(*asked, unablated, *how, self._halved)
             # Infinite where logits are not finite; JSON cannot write that.
             tolerance = min(verified.tolerance, sys.float_info.max)
             verified.tolerance = self.directory.remember(f"tolerance_{key}", tolerance)
@@ -426,24 +447,20 @@ class KeptAnswers:
         return self.held[place]
 
     def _records(
-        self,
-        part: str,
-        ablation: Ablation,
-        chunks: Sequence[tuple[Any, Sequence[tuple[int, Group]]]],
-        n_groups: int,
-        apart: bool = False,
+        self, part: str, ablation: Ablation, chunks: Sequence[_Chunk], n_groups: int, apart: bool = False
     ) -> list[Record]:
-        """Records, chunk by chunk: what its key says of its groups, and its prompts (by number) and groups.
+        """Records, chunk by chunk.
 
         A chunk that is not stored yet is decoded, by drafts where these pay, and judged.
         """
         stage, drafted = f"{part.replace('_', '-')}-{self.name}", self._drafts_pay(n_groups, ablation)
         unablated = self._unablated_surprises()
 
-        def chunk_of(places: Sequence[tuple[int, Group]], fields: Mapping[str, Any]) -> list[Record]:
+        def chunk_of(block: range, places: Sequence[tuple[int, Group]], fields: Mapping[str, Any]) -> list[Record]:
             def compute() -> list[dict[str, Any]]:
                 if drafted:
-                    answers, economy = self._drafts_under(ablation).answers(places, done, apart)
+                    in_block = [(number - block.start, group) for number, group in places]
+                    answers, economy = self._drafts_under(ablation, block).answers(in_block, done, apart)
                 else:
                     answers, economy = self._plain(places, ablation, done)
                 placed = [(*place, decoded) for place, decoded in zip(places, answers, strict=True)]
@@ -454,17 +471,18 @@ class KeptAnswers:
 
             cost, *chunk = self._kept(stage, fields, compute)
             self.costs[content_key(fields)] = Economy(**cost)
-            if drafted and f"tolerance_{self._key(ablation)}" not in self.directory.remembered():
-                self._drafts_under(ablation)
+            if drafted and f"tolerance_{self._key(ablation, block)}" not in self.directory.remembered():
+                self._drafts_under(ablation, block)
             return chunk if self.holds_texts else [without_texts(record, self._shared) for record in chunk]
 
         tasks, units = list[Callable[[], list[Record]]](), dict[tuple[str, ...], float]()
-        for texts, places in chunks:
-            fields = self._judged_fields(ablation) | {"groups": texts}
+        for block, texts, places in chunks:
+            numbers = None if len(self._blocks) == 1 else list(block)
+            fields = self._judged_fields(ablation, numbers) | {"groups": texts}
             units[(records_place(stage, fields),)] = self._n_tokens(number for number, _ in places)
-            tasks.append(partial(chunk_of, places, fields))
+            tasks.append(partial(chunk_of, block, places, fields))
         self.directory.divide(stage, units)
-        label, total = f"{self.name}: {part}".replace("_", " "), sum(len(places) for _, places in chunks)
+        label, total = f"{self.name}: {part}".replace("_", " "), sum(len(places) for *_, places in chunks)
         with self.progress.track(label, total) as done:
             parts = self.directory.together(*tasks)
         return [record for chunk in parts for record in chunk]

@@ -201,7 +201,7 @@ class Run(Generic[Config]):
         self._about: dict[str, Mapping[str, Any]] = {}
         self._judging: dict[str, Judging] = {}
         self._answers: dict[tuple[str, Sampling], KeptAnswers] = {}
-        self._held: dict[tuple[str, Decoding, Ablation], VerifiedDrafts] = {}
+        self._held: dict[tuple[str, Decoding, Ablation, range], VerifiedDrafts] = {}
         self._passes: dict[tuple[str, Ablation, Readouts, int], HeadPass] = {}
 
     @property
@@ -223,7 +223,7 @@ class Run(Generic[Config]):
     def answers(self, name: str, sampling: Sampling | None = None) -> KeptAnswers:
         """The answers to a set; only the one used last holds its drafts, for what is free now counts."""
         sampling = sampling or self.decoding.sampling
-        if any((of, decoding.sampling) != (name, sampling) for of, decoding, _ in self._held):
+        if any((of, decoding.sampling) != (name, sampling) for of, decoding, *_ in self._held):
             self._held.clear()
         if (name, sampling) not in self._answers:
             length, full = self.decoding.max_new_tokens, self.decoding.full_answers
