@@ -30,6 +30,22 @@ def run():
     return called
 
 
+@pytest.fixture(scope="session")
+def organism():
+    """The embedded model whose refusal heads are known, loaded once; who changes it puts it back."""
+    import torch
+
+    from safetyheads import load_demo
+
+    torch.set_num_threads(1)
+    return load_demo("aligned_a")
+
+
+@pytest.fixture(scope="session")
+def engine(organism):
+    return organism.engine
+
+
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Pages without the pictures that browsers without JavaScript show: each takes a while, and a test has them."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from safetyheads import InputError, Template, load_demo
+from safetyheads import InputError, Template
 from safetyheads.cli import show
 from safetyheads.errors import SafetyheadsError
 from safetyheads.model.engine import Engine
@@ -25,11 +25,6 @@ THINKS = (
     "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
 )
 BEGINS = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}<|assistant|><think>\n"
-
-
-@pytest.fixture(scope="module")
-def organism():
-    return load_demo("aligned_a")
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +87,9 @@ def test_check_splits_every_template_around_the_query(organism):
     assert found["after the query"] == " [/INST]"
 
 
-def test_check_closes_or_opens_think_blocks_and_spells_out_what_terminals_obey(engine_with, organism, capsys):
-    for text, thinking, end in (
-        (THINKS, None, "<think></think>"),
-        (THINKS, "open", "<|assistant|>"),
-        (BEGINS, "closed", "<think>\n\n</think>\n\n"),
-        (BEGINS, "open", "<|assistant|><think>"),
-    ):
-        assert parts(shown(engine_with(text), organism.benign, thinking=thinking))["after the query"].endswith(end)
+def test_check_opens_think_blocks_and_spells_out_what_terminals_obey(engine_with, organism, capsys):
+    opened = shown(engine_with(BEGINS), organism.benign, thinking="open")
+    assert parts(opened)["after the query"].endswith("<|assistant|><think>")
     show._show_prompt(shown(engine_with("{{ '\x1b[2J' }}{{ messages[0].content }}"), organism.benign), None)
     assert "\x1b" not in capsys.readouterr().out
 

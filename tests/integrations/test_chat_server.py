@@ -8,7 +8,6 @@ import openai
 import pytest
 
 from safetyheads import InputError, Sampling, generate
-from safetyheads.demo import load_demo
 from safetyheads.integrations import chat_server
 from safetyheads.integrations.chat_server import KEY_VARIABLE, read_request, serve_chats
 from safetyheads.runs.config import ServeConfig
@@ -17,12 +16,7 @@ GROUP = "1-3,2-5,2-1"
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return load_demo("aligned_a")
-
-
-@pytest.fixture(scope="module")
-def serve(demo):
+def serve(organism):
     """Starts servers in threads; gives each one's address."""
     servers = []
     patch = pytest.MonkeyPatch()
@@ -47,7 +41,7 @@ def serve(demo):
         for name, value in environment.items():
             patch.setenv(name, value)
         config = ServeConfig("demo:aligned_a", groups=(GROUP, "3-0"), ablation="ua", max_new_tokens=24)
-        threading.Thread(target=serve_chats, args=(demo.engine, config, opened, tell), daemon=True).start()
+        threading.Thread(target=serve_chats, args=(organism.engine, config, opened, tell), daemon=True).start()
         assert ready.wait(60)
         for name in environment:
             patch.delenv(name)
@@ -73,16 +67,16 @@ def ask(client, prompt, **settings):
     return client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **settings)
 
 
-def test_a_client_gets_the_engines_answers_of_each_model_plain_and_streamed(client, demo):
-    prompt = demo.harmful[0].query
+def test_a_client_gets_the_engines_answers_of_each_model_plain_and_streamed(client, organism):
+    prompt = organism.harmful[0].query
     names = [model.id for model in client.models.list()]
     assert names == ["none", GROUP, "3-0"]
     texts = {}
     for name in names:
         group = "" if name == "none" else name
-        (expected,) = generate(demo.engine, [prompt], 24, [group or ()], "ua")
+        (expected,) = generate(organism.engine, [prompt], 24, [group or ()], "ua")
         got = ask(client, prompt, model=name, temperature=0)
-        texts[name] = demo.engine.tokenizer.decode(expected.token_ids, skip_special_tokens=True)
+        texts[name] = organism.engine.tokenizer.decode(expected.token_ids, skip_special_tokens=True)
         assert got.choices[0].message.content == texts[name]
         assert got.choices[0].finish_reason == ("stop" if expected.finished else "length")
         assert got.usage.completion_tokens == len(expected.token_ids)
@@ -92,21 +86,21 @@ def test_a_client_gets_the_engines_answers_of_each_model_plain_and_streamed(clie
     assert texts["none"] != texts[GROUP]
 
 
-def test_drawn_answers_follow_seed_and_temperature_and_repeats_differ(client, demo):
-    prompt = demo.harmful[0].query
+def test_drawn_answers_follow_seed_and_temperature_and_repeats_differ(client, organism):
+    prompt = organism.harmful[0].query
     settings = {"model": GROUP, "temperature": 3.0, "max_tokens": 12}
     three = [choice.message.content for choice in ask(client, prompt, seed=5, n=3, **settings).choices]
     assert len(set(three)) > 1
     assert ask(client, prompt, seed=6, **settings).choices[0].message.content == three[1]
-    decode = demo.engine.tokenizer.decode
-    (expected,) = generate(demo.engine, [prompt], 12, [GROUP], "ua", Sampling(1 << 30, 5, 3.0))
+    decode = organism.engine.tokenizer.decode
+    (expected,) = generate(organism.engine, [prompt], 12, [GROUP], "ua", Sampling(1 << 30, 5, 3.0))
     assert decode(expected.token_ids, skip_special_tokens=True) == three[0]
     repeats = {ask(client, prompt, **settings).choices[0].message.content for _ in range(3)}
     assert len(repeats) > 1
 
 
-def test_a_stop_text_and_a_limit_end_an_answer(client, demo):
-    prompt = demo.benign[0].query
+def test_a_stop_text_and_a_limit_end_an_answer(client, organism):
+    prompt = organism.benign[0].query
     whole = ask(client, prompt, model="none", temperature=0).choices[0].message.content
     word = whole.split()[2]
     stopped = ask(client, prompt, model="none", temperature=0, stop=word).choices[0]

@@ -6,7 +6,6 @@ from families import oracle_of, proved
 from lm_eval.api.instance import Instance
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, parse_heads
-from safetyheads.demo import load_demo
 from safetyheads.integrations.lm_eval import ablated_lm, chat_of, harness_model
 from safetyheads.runs.config import TaskOptions
 
@@ -73,8 +72,7 @@ def test_requests_longer_than_the_context_are_counted_and_the_engines_tokenizer_
         ({"system": "Be kind.", "fold_system": True}, True, "<|user|>Be kind.\n\nTask.\n\nhi<|assistant|>"),
     ],
 )
-def test_tasks_stand_under_the_chat_template_as_in_every_other_command(options, described, expected):
-    engine = load_demo("aligned_a").engine
+def test_tasks_stand_under_the_chat_template_as_in_every_other_command(engine, options, described, expected):
     model = harness_model(engine, 1, chat_of(engine, TaskOptions(**options)))
     system = [{"role": "system", "content": "Task."}] * described
     assert model.apply_chat_template([*system, {"role": "user", "content": "hi"}]) == expected

@@ -13,7 +13,7 @@ import scan_samples
 from run_samples import audit_run, compared_record, first, settings
 from scan_samples import Sample
 
-from safetyheads.demo import load_demo
+from safetyheads import Engine
 from safetyheads.reports.compare import write_comparison
 from safetyheads.reports.write import write_history, write_report
 from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
@@ -43,7 +43,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def reports(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("reports")
     payload = f'"\'><script>window.ran = 1</script><img src=x onerror="window.ran = 1">{"W" * 2000}{"9" * 500}-1'
     hostile = audit_samples.audit()
@@ -65,7 +65,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         audit_run(folder / "a"), audit_run(folder / "b", vanilla=first(9), config=settings(seed=3))
     )
     written["compare"] = write_comparison(compared, folder / "compared")
-    run_asr(engine := load_demo("aligned_a").engine, AsrConfig(**SMALL, groups=("1-3,2-5", "1-3")), folder / "asr")
+    run_asr(engine, AsrConfig(**SMALL, groups=("1-3,2-5", "1-3")), folder / "asr")
     run_ships(engine, ShipsConfig(**SMALL, screen=True, candidates=6, sample=4), folder / "ships")
     run_sahara(engine, SaharaConfig(**SMALL, size=2), folder / "sahara")
     written |= {name: write_report(RunDirectory.open(folder / name), show_completions=True)[0] for name in STEPS}

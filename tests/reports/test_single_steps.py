@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from report_pages import Page, check_closed, check_tables
 
-from safetyheads import InputError, compare, read_run
-from safetyheads.demo import load_demo
+from safetyheads import Engine, InputError, compare, read_run
 from safetyheads.reports.write import write_report
 from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
 from safetyheads.runs.directory import RunDirectory
@@ -18,8 +17,8 @@ SCREEN = {"screen": True, "candidates": 6, "sample": 4}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, engine = tmp_path_factory.mktemp("runs"), load_demo("aligned_a").engine
+def runs(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
     run_ships(engine, ShipsConfig(**MODEL, **SCREEN), folder / "ships")
     run_sahara(engine, SaharaConfig(**MODEL, **SCREEN, score="refusal_score", size=2), folder / "sahara")
     asr = AsrConfig(**MODEL, groups=("1-3,2-5", "1-3"), query_level=1, judges=("phrases", "paper"), max_new_tokens=16)

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 import pytest
 from tiny_models import engine_of, prompts_of
 
-from safetyheads import load_demo
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.packing import TokenSequence
 from safetyheads.model.planning import row_sizes
@@ -26,11 +25,6 @@ RUNS = {
     "sahara": (run_sahara, SaharaConfig(MODEL, "demo", limit=4, size=2)),
     "asr": (run_asr, AsrConfig(MODEL, "demo", groups=("1-3",), query_level=1, **SMALL)),
 }
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return load_demo("aligned_a").engine
 
 
 class Watching(Progress):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import own_judges
 import pytest
 
-from safetyheads import UNDIFFERENTIATED_ATTENTION, Head, generate, load_demo, parse_heads
+from safetyheads import UNDIFFERENTIATED_ATTENTION, Head, generate, parse_heads
 from safetyheads.answers.decoding import GREEDY, TOP_5, Answer, Decoding
 from safetyheads.answers.drafts import drafts_fit, drafts_of
 from safetyheads.answers.judging import Judging
@@ -21,11 +21,6 @@ from safetyheads.runs.kept_answers import KeptAnswers, judged_answer, record_of
 from safetyheads.runs.run import Run, random_groups_of
 
 GROUPS = [parse_heads(text) for text in ("1-3", "1-3,2-5", "0-0", "3-1", "2-1,2-5")]
-
-
-@pytest.fixture(scope="module")
-def organism():
-    return load_demo("aligned_a")
 
 
 def records(organism, sampling, full_answers, monkeypatch, folder, least_drafted):

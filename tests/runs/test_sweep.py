@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_shards import bytes_of
 
-from safetyheads import InputError, load_demo
+from safetyheads import InputError
 from safetyheads.answers import drafts
 from safetyheads.errors import ElsewhereError, SafetyheadsError
 from safetyheads.runs import kept_answers, sweep
@@ -21,12 +21,6 @@ from safetyheads.runs.sweep import audits_of, carry_out_sweep, read_sweep, sweep
 MODEL = "demo:aligned_a"
 SHORT = {"limit": 4, "max_new_tokens": 8, "memory": 1.0, "size": 1, "n_random": 1, "anyway": True, "damage_tokens": 2}
 AXES = {"models": [MODEL], "prompts": ["demo"], "ablations": ["ua", {"ablation": "sc", "epsilon": 0.0}]}
-
-
-@pytest.fixture(scope="module")
-def engine():
-    torch.set_num_threads(1)
-    return load_demo("aligned_a").engine
 
 
 @pytest.fixture
@@ -63,14 +57,14 @@ def test_each_audit_has_its_own_bytes_and_unablated_answers_are_made_once(engine
     assert ({place.name: bytes_of(place) for place in audits}, len(decoded)) == (stored, 12)
 
 
-def test_other_prompts_share_the_benign_answers_and_other_settings_share_nothing(engine, tmp_path, decoded):
+def test_other_prompts_share_the_benign_answers_and_other_settings_share_nothing(organism, tmp_path, decoded):
     prompts = tmp_path / "harmful.txt"
-    prompts.write_text("\n".join(query.query for query in load_demo("aligned_a").harmful[:12]))
+    prompts.write_text("\n".join(query.query for query in organism.harmful[:12]))
     axes = AXES | {"ablations": ["ua"], "prompts": ["demo", {"prompts": str(prompts), "benign": "demo"}]}
-    swept(tmp_path / "all", engine, axes)
+    swept(tmp_path / "all", organism.engine, axes)
     assert len(decoded) == 6
     axes = AXES | {"ablations": ["ua", {"ablation": "ua", "max_new_tokens": 7}]}
-    swept(tmp_path / "other", engine, axes)
+    swept(tmp_path / "other", organism.engine, axes)
     assert len(decoded) == 14
 
 
