@@ -21,7 +21,6 @@ def runs(tmp_path_factory):
     audit_run(folder / "runs/b", vanilla=first(9), heads=("2-1", "0-1"), config=tuned)
     audit_run(folder / "others/same", config=tuned)
     audit_run(folder / "others/seed", config=tuned | {"seed": 1})
-    audit_run(folder / "others/early", vanilla=first(20), groups=[], stopped_early="it refuses none", config=tuned)
     scan_run(folder / "scans/a", {"1-3": 12}, significant=("1-3",))
     scan_run(folder / "scans/b", {"1-3": 5}, config=tuned)
     audit_run(folder / "unfinished/b").joinpath("results.json").unlink()
@@ -45,7 +44,6 @@ SLIGHT = ("--fail-if", "asr_increase > 0.2")
         (("runs/a", "runs/b"), 0),
         (("runs/a", "runs/b", *INCREASE), 1),
         (("runs/a", "others/seed", *SLIGHT), 2),
-        (("runs/a", "others/early", "--allow-warnings"), 2),
         (("scans/a", "scans/b", "--fail-if", "damage > 0.1"), 2),
     ],
 )
@@ -122,7 +120,7 @@ def test_help_lists_and_finished_runs_load_no_model_library():
         "for words in ('--help', 'reproduce list some/model', 'compare runs/a runs/b', 'history runs'):\n"
         "    try: main(words.split())\n"
         "    except SystemExit as ended: assert ended.code == 0\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+        "assert not {'torch', 'safetensors', 'transformers'} & set(sys.modules)"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr

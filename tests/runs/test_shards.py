@@ -16,11 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from safetyheads import load_demo
 from safetyheads.errors import ElsewhereError, IncompleteError, InputError
-from safetyheads.files import write_atomically
 from safetyheads.runs import kept_answers
 from safetyheads.runs.audit import read_prompts, run_audit
 from safetyheads.runs.config import AsrConfig, AuditConfig, SaharaConfig, ScanConfig, ShipsConfig
@@ -38,12 +35,6 @@ SCREENED = replace(AUDIT, screen=True, candidates=3, sample=2)
 SCAN = ScanConfig(MODEL, "demo", "demo", prefixes=2, **SHORT)
 BESIDE = ("starts", "timings.json", "set-aside")
 """What differs by nature: dates, seconds, machines."""
-
-
-@pytest.fixture(scope="module")
-def engine():
-    torch.set_num_threads(1)
-    return load_demo("aligned_a").engine
 
 
 def bytes_of(folder):
@@ -68,22 +59,6 @@ def rounds(carry_out, engine, config, folder, n_shards):
     raise AssertionError("the rounds do not end")
 
 
-@pytest.mark.parametrize(
-    ("carry_out", "config"),
-    [
-        (run_ships, ShipsConfig(MODEL, "demo", limit=6, memory=1.0)),
-        (run_sahara, SaharaConfig(MODEL, "demo", limit=6, size=1, memory=1.0)),
-        (run_asr, AsrConfig(MODEL, "demo", groups=("1-3,2-5", "1-3"), query_level=2, **SHORT)),
-    ],
-    ids=["ships", "sahara", "asr"],
-)
-def test_single_steps_need_no_more_rounds_than_they_say(engine, tmp_path, monkeypatch, carry_out, config):
-    monkeypatch.setattr(kept_answers, "_LEAST_PROMPTS", 2)
-    n = rounds(carry_out, engine, config, tmp_path / "many", 2)
-    assert 1 < n <= carry_out(engine, config, tmp_path / "none", dry_run=True)["rounds"]
-    assert carry_out(engine, config, tmp_path / "one") == RunDirectory.open(tmp_path / "many").read_results()
-
-
 def test_the_command_plans_the_known_units_and_a_shard_of_it_ends_with_3(run, tmp_path):
     out, settings = tmp_path / "r", ("--prompts", "demo", "--limit", 6, "--memory", 1, "--out", tmp_path / "r")
     code, _, err = run("plan", 2, "ships", MODEL, *settings)
@@ -100,15 +75,20 @@ def test_the_command_plans_the_known_units_and_a_shard_of_it_ends_with_3(run, tm
 
 @pytest.mark.parametrize(
     ("carry_out", "config"),
-    [(run_audit, AUDIT), (run_audit, SCREENED), (run_scan, SCAN)],
-    ids=["audit", "screened", "scan"],
+    [
+        (run_ships, ShipsConfig(MODEL, "demo", limit=6, memory=1.0)),
+        (run_sahara, SaharaConfig(MODEL, "demo", limit=6, size=1, memory=1.0)),
+        (run_asr, AsrConfig(MODEL, "demo", groups=("1-3,2-5", "1-3"), query_level=2, **SHORT)),
+        *((run_audit, AUDIT), (run_audit, SCREENED), (run_scan, SCAN)),
+    ],
+    ids=["ships", "sahara", "asr", "audit", "screened", "scan"],
 )
 def test_shards_of_one_directory_write_the_bytes_of_one_process(engine, tmp_path, monkeypatch, carry_out, config):
     monkeypatch.setattr(kept_answers, "_LEAST_PROMPTS", 2)  # so that unablated answers have several parts
     carry_out(engine, config, tmp_path / "one")
     n = rounds(carry_out, engine, config, tmp_path / "many", 2)
     planned = dict(RunDirectory.look(tmp_path / "many").planned())
-    assert len(planned["unablated"]) > 4
+    assert len(planned.get("unablated", ())) > 4 or carry_out in (run_ships, run_sahara, run_asr)
     assert 1 < n <= carry_out(engine, config, tmp_path / "none", dry_run=True)["rounds"]
     if config is SCREENED:  # units are the rounds, and what is left with the sample: 5 a step, and not 32
         reached = RunDirectory.look(tmp_path / "many").planned()
@@ -360,14 +340,10 @@ def test_status_reads_what_is_done_in_work_and_missing(apart, tmp_path, run):
     assert status_of(apart[0]).missing_shards == "1-3"
 
 
-@pytest.mark.parametrize("kind", ["truncated", "lost"])
-def test_a_shards_damaged_file_is_done_again_by_that_shard(apart, kind):
+def test_a_shards_damaged_file_is_done_again_by_that_shard(apart):
     (file,) = apart[0].glob("completions/*")
     before = file.read_bytes()
-    if kind == "lost":
-        file.unlink()
-    else:
-        file.write_bytes(before[:20])
+    file.write_bytes(before[:20])
     with pytest.raises(ElsewhereError):
         unit_files(apart[0], Shard(2, 3))
     assert not file.exists()
@@ -461,8 +437,5 @@ def test_the_plan_of_the_first_of_several_processes_holds(tmp_path):
         assert first.remember("plan", [1]) == [1]
         assert second.remember("plan", [2]) == [1]
         assert second.remembered("plan") == {"plan": [1]}
-        write_atomically(tmp_path / "file", b"1", replaces=False)
-        write_atomically(tmp_path / "file", b"2", replaces=False)
-        assert (tmp_path / "file").read_bytes() == b"1"
         with pytest.raises(InputError, match=r"is in use by process"):
             RunDirectory.start(tmp_path, {}, {}, shard=Shard(2, 2))
