@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from answer_records import answer_record
 from experiment_runs import SMALL, N, rows, run_of
 
 from safetyheads import demo
@@ -37,10 +38,6 @@ def test_finding_the_plants_beats_random_heads_at_a_fraction_of_the_weights(monk
     assert {name: row["against"]["n"] for name, row in methods.items() if "against" in row} == dict.fromkeys(
         ("random_heads", "wanda", "gtac_dap"), 3 * N
     )
-    for name, row in methods.items():
-        if name != "sahara":
-            assert row["p_against"] == pytest.approx(min(1, row["p_against"]))
-            assert row["p_against"] >= row["against"]["p"]
     assert methods["wanda"]["p_against"] < 0.05
     assert methods["sahara"]["asr"]["value"] > 0.8
     assert methods["sahara"]["within"] == "yes"
@@ -61,11 +58,8 @@ def test_finding_the_plants_beats_random_heads_at_a_fraction_of_the_weights(monk
 def answers(kept, complied=0):
     """Ten answers, of which the first so many are kept and have complied."""
     labels = ["complied" if at < complied else "refused" for at in range(10)]
-    records = [
-        ({"behaviour": "complied", "answered": at < kept, "verdicts": {"paper": {"label": label}}},)
-        for at, label in enumerate(labels)
-    ]
-    return GroupAnswers("", tuple(records), "paper")
+    records = [answer_record(at, label, "complied", answered=at < kept) for at, label in enumerate(labels)]
+    return GroupAnswers.of("", records, "paper")
 
 
 def test_methods_are_compared_with_one_by_an_exact_test_on_the_same_prompts():

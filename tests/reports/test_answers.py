@@ -2,16 +2,17 @@
 
 from typing import Any
 
+from answer_records import answer_record
+
 from safetyheads.reports.answers import answers_data, by_category, by_prompt
 
 
-def rows(labels: str, text: str = "") -> list[dict[str, Any]]:
+def rows(labels: str) -> list[dict[str, Any]]:
     """An answer for each letter: c complied, r refused, u unscored; categories take turns."""
     words = {"c": "complied", "r": "refused", "u": "unscored"}
     return [
-        {"id": at, "category": "ab"[at % 2], "query": f"q{at}", "text": words[letter] + text}
-        | {"seed": 0, "behaviour": "complied", "surprise": 1.0}
-        | {"verdicts": {"paper": {"label": words[letter], "reason": "why"}}}
+        answer_record(at, words[letter], "complied", "why", 1.0)
+        | {"category": "ab"[at % 2], "query": f"q{at}", "text": words[letter]}
         for at, letter in enumerate(labels)
     ]
 

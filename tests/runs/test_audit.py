@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import audit_samples
 import pytest
+from answer_records import answer_record
 from audit_samples import answered
 
 from safetyheads.heads import format_heads, parse_heads
@@ -32,13 +33,12 @@ def outcome(size=3, freed=40, kept=N, random=RANDOM, n=N, scorer=LEAD, search=No
     return audit_samples.outcome(HEADS[:size], counts, controls, n, scorer)
 
 
-def findings(*outcomes, complied=2, incoherent=0, kept=None):
-    """Before ablation ``complied`` harmful prompts of the test half are answered, and ``kept`` or all benign ones."""
+def findings(*outcomes, complied=2):
+    """Before ablation ``complied`` harmful prompts of the test half are answered, and all benign ones."""
     # On the search half nothing is refused and all is kept, so that a verdict that looks there comes out otherwise.
     n = len(outcomes[0].answers["harmful_test"].records)
-    vanilla = {"harmful_search": answered(n, n), "harmful_test": answered(complied, n, incoherent)}
-    vanilla |= {"benign_search": answered(n, n), "benign_test": answered(n if kept is None else kept, n)}
-    return vanilla, outcomes
+    vanilla = {"harmful_search": answered(n, n), "harmful_test": answered(complied, n)}
+    return vanilla | dict.fromkeys(("benign_search", "benign_test"), answered(n, n)), outcomes
 
 
 def verdict(group, **vanilla):
@@ -48,22 +48,10 @@ def verdict(group, **vanilla):
     return found
 
 
-def last(freed):
-    """An outcome that frees the last prompts, where the unablated model complies with the first."""
-    change = outcome()
-    return change._replace(answers={**change.answers, "harmful_test": answered([at >= N - freed for at in range(N)])})
-
-
-# From 2 of 50, five freed have p 0.0625 and six 0.03125.
 CASES = {
     "freed, above chance, answers kept": ("concentrated", outcome(), {}),
-    "ten more answers, but of other prompts": ("none found", last(30), {"complied": 20}),
-    "above the best random group": ("concentrated", outcome(random=(2, 39, *RANDOM[2:])), {}),
-    "equal random groups count once": ("cannot say", outcome(random=RANDOM[:18]), {}),
-    "few answers lost": ("concentrated", outcome(kept=N - 1), {}),
     "all well on the search half only": ("none found", outcome(freed=2, kept=20, search=N, search_kept=N), {}),
     "fewer refusals than can be seen": ("no refusals to lose", outcome(freed=N), {"complied": 45}),
-    "incoherent answers are no refusals": ("no refusals to lose", outcome(freed=N), {"complied": 10, "incoherent": 38}),
     "too few prompts": ("cannot say", outcome(freed=5, kept=5, random=(0,) * 20, n=5), {"complied": 0}),
 }
 
@@ -80,14 +68,8 @@ def test_the_label_of(case):
     assert (early is not None and early["label"] == label and early["heads"] == []) == settled
 
 
-def record(at, label, behaviour="complied", reason="", surprise=0.5):
-    verdicts = {"paper": {"label": label, "reason": reason}}
-    about = {"behaviour": behaviour, "answered": behaviour == "complied", "surprise": surprise}
-    return {"id": at, "seed": 0, "complete": True, **about, "verdicts": verdicts}
-
-
 def given(records, group="", limit=None):
-    return GroupAnswers.of(group, [record(at, *fields) for at, fields in enumerate(records)], "paper", limit)
+    return GroupAnswers.of(group, [answer_record(at, *fields) for at, fields in enumerate(records)], "paper", limit)
 
 
 def test_what_counts_as_a_refusal_to_lose():

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import scan_samples
+from answer_records import answer_record
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from refusals import refused_in_one_line_if_at_all
@@ -164,10 +165,9 @@ def test_labels_of_other_answers_are_put_to_the_judge(run, tmp_path):
 
 def test_a_listed_head_that_is_also_a_control_has_a_corrected_rate():
     def row(group, number):
-        verdict = {"label": "refused", "reason": ""}
-        told = {"id": number, "seed": 0, "set": "harmful_test", "query": f"prompt {number}", "text": group}
-        told |= {"part": "groups" if group else "vanilla", "epsilon": 1e-5 if group else None, "group": group}
-        return told | {"behaviour": "refused", "answered": False, "verdicts": {"paper": verdict}}
+        place = {"part": "groups", "epsilon": 1e-5} if group else {"part": "vanilla", "epsilon": None}
+        told = place | {"set": "harmful_test", "group": group, "query": f"prompt {number}", "text": group}
+        return answer_record(number, "refused", **told)
 
     controls = {"group": "1-3", "groups": ["2-5", "0-0"], "matched": "layers", "n_possible": 31}
     results = {"ablation": {"epsilon": 1e-5}, "behaviour": {"heads": [{"heads": ["1-3"]}, {"heads": ["2-5"]}]}}

@@ -1,19 +1,15 @@
 """Rates of answers that are coherent or lost, from records by hand."""
 
 import sys
+from functools import partial
 
 import numpy as np
-import pytest
+from answer_records import answer_record
 
 from safetyheads.runs.rates import GroupAnswers, by_judge, gross_loss, without_texts
 from safetyheads.stats.intervals import one_sided_bounds
 
-
-def record(number, label="complied", behaviour="complied", surprise=None, answered=None, reason=""):
-    answered = behaviour == "complied" if answered is None else answered
-    given = {} if surprise is None else {"surprise": surprise}
-    verdicts = {"harm": {"label": label, "reason": reason}}
-    return {"id": number, "seed": 0, "behaviour": behaviour, "answered": answered, "verdicts": verdicts, **given}
+record = partial(answer_record, behaviour="complied", judge="harm")
 
 
 def test_an_answer_is_coherent_if_it_complied_is_no_fault_by_the_rules_and_is_not_too_surprising():
@@ -83,25 +79,12 @@ def test_records_of_many_groups_are_the_same_and_share_their_memory():
     assert sum(map(sys.getsizeof, kept)) < 100 * len(kept)
 
 
-@pytest.mark.parametrize(("n", "most"), [(25, 0), (42, 1), (58, 2)])
-def test_the_bound_of_gross_loss_falls_below_a_tenth_at_25_42_and_58_prompts(n, most):
-    def lost(count, n):
-        before = [record(at) for at in range(n)] + [record(n, behaviour="refused")]
-        after = [record(at, behaviour="incoherent" if at < count else "complied") for at in range(n)]
-        return gross_loss(*(GroupAnswers.of("", rows, "harm") for rows in (before, [*after, record(n)])))
-
-    found = lost(most, n)
-    assert (found["count"], found["n"], found["refused"]) == (most, n, 0)
-    assert found["upper"] == one_sided_bounds(most, n)[1] < 0.1 <= one_sided_bounds(most, n - 1)[1]
-    assert lost(most + 1, n)["upper"] > 0.1
-    assert lost(n, n)["lower"] > 0.9
-
-
 def test_a_loss_counts_whatever_another_prompt_gains_and_what_was_lost_to_refusal_is_told():
     before = GroupAnswers.of("", [record(0), record(1), record(2, surprise=9.0), record(3)], "harm", limit=1.0)
     after = [record(0, behaviour="refused"), record(1, surprise=3.0), record(2, surprise=0.1), record(3)]
     found = gross_loss(before, GroupAnswers.of("", after, "harm", limit=1.0))
     assert (found["count"], found["n"], found["refused"]) == (2, 3, 1)
+    assert (found["lower"], found["upper"]) == one_sided_bounds(2, 3)
     assert gross_loss(before, before)["count"] == 0
     nothing = GroupAnswers.of("", [record(0, behaviour="refused")], "harm")
     assert gross_loss(nothing, nothing) | {"refused": 0} == {

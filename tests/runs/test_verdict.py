@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import scipy
+from answer_records import answer_record
 
 from safetyheads.errors import InputError
 from safetyheads.runs.config import AuditConfig, Thresholds
@@ -22,8 +23,7 @@ from safetyheads.runs.verdict import (
     warn_where_nothing_shows,
 )
 from safetyheads.stats.intervals import clustered_rate, one_sided_bounds
-from safetyheads.stats.power import needed_for_bound, smallest_change_with_power
-from safetyheads.stats.testing import least_changed
+from safetyheads.stats.power import smallest_change_with_power
 
 LIMITS = Thresholds()
 SOUND = Evidence(
@@ -152,8 +152,6 @@ def test_bounds_are_wilsons_at_one_side():
             for side in ("greater", "less")
         )
         assert one_sided_bounds(count, n) == pytest.approx((low.low, high.high), abs=1e-12)
-    assert (needed_for_bound(0, 0.1), needed_for_bound(1, 0.1)) == (25, 42)
-    assert [least_changed(alpha) for alpha in (0.0625, 0.05, 0.01)] == [5, 6, 8]
 
 
 def test_open_damage_names_the_prompts_that_would_bound_it():
@@ -166,13 +164,6 @@ def test_open_damage_names_the_prompts_that_would_bound_it():
     # Just below the limit it takes hundreds of thousands, which are not tried one by one.
     close = replace(SOUND, n_broken=99, n_answered=1000, n_benign=1000)
     assert verdict_of(close, LIMITS).numbers["needed_benign"] == 243_606
-
-
-def test_every_number_of_the_sentence_has_its_n():
-    sentence = verdict_of(replace(SOUND, repeatability=0.96, n_resamples=1000, most_random_undone=6), LIMITS).sentence
-    assert "39 random groups undo .05 on average and at most 6 of 94" in sentence
-    assert "KL on benign prompts: .005 nats (n 76)" in sentence
-    assert "repeatability of the group: .96 of 1,000 resamples of the search half" in sentence
 
 
 def test_near_duplicates_are_told_beside_every_number_that_they_widen():
@@ -215,13 +206,8 @@ def test_thresholds_are_settings_of_the_audit():
 
 
 def test_beginnings_that_end_in_a_thought_do_not_tell_whether_a_model_refuses():
-    def record(number, behaviour, **more):
-        label = "unscored" if behaviour == "unscored" else behaviour
-        verdicts = {"words": {"label": label, "reason": ""}}
-        return {"id": number, "seed": 0, "behaviour": behaviour, "answered": False, "verdicts": verdicts, **more}
-
-    thoughts = [record(at, "incoherent", unclosed=True) for at in range(8)]
+    thoughts = [answer_record(at, "incoherent", unclosed=True) for at in range(8)]
     with pytest.warns(NothingToMeasureWarning, match="8 of 9 answers do not tell .* refuses 1 of 1 "):
-        warn_where_nothing_shows(GroupAnswers.of("", [*thoughts, record(8, "refused")], "words"))
+        warn_where_nothing_shows(GroupAnswers.of("", [*thoughts, answer_record(8, "refused")], "paper"))
     with pytest.warns(NothingToMeasureWarning, match="^the unablated model refuses 1 of 2 harmful"):
-        warn_where_nothing_shows(GroupAnswers.of("", [record(0, "refused"), record(1, "complied")], "words"))
+        warn_where_nothing_shows(GroupAnswers.of("", [answer_record(0, "refused"), answer_record(1)], "paper"))

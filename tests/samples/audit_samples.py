@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from answer_records import answer_record
 
 from safetyheads.heads import Group, all_heads, format_heads, parse_heads
 from safetyheads.measures.random_groups import RandomGroups, random_groups
@@ -45,17 +46,7 @@ def answered(complied: int | Sequence[bool], n: int = 48, incoherent: int = 0, g
     marks = [at < complied for at in range(n)] if isinstance(complied, int) else complied
     labels = ["complied" if mark else "refused" for mark in marks]
     labels[len(labels) - incoherent :] = ["incoherent"] * incoherent
-    records = [
-        {
-            "id": at,
-            "seed": 0,
-            "behaviour": label,
-            "answered": label == "complied",
-            "verdicts": {"paper": {"label": label, "reason": reason}},
-        }
-        for at, label in enumerate(labels)
-        for reason in [REASONS[label]]
-    ]
+    records = [answer_record(at, label, reason=REASONS[label]) for at, label in enumerate(labels)]
     return GroupAnswers.of(group, records, "paper")
 
 

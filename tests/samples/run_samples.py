@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from answer_records import answer_record
 from audit_samples import answered, audit, outcome
 
 from safetyheads.heads import parse_heads
@@ -111,15 +112,11 @@ def audit_run(
 
 
 def record(name: str, number: int, label: bool | str, group: str = "", seed: int = 0) -> dict[str, Any]:
-    """A stored answer: the leading judge's label, another judge always says that it complied.
-
-    The rules of words say what the judge says, and that it complied where that has no verdict.
-    """
+    """A stored answer: the leading judge's label, another judge always says that it complied."""
     label = label if isinstance(label, str) else "complied" if label else "refused"
-    verdicts = {"paper": {"label": label, "reason": "made up"}, "other": {"label": "complied", "reason": ""}}
-    behaviour = "complied" if label == "unscored" else label
-    where = {"id": number, "set": name, "group": group, "seed": seed}
-    return where | {"behaviour": behaviour, "answered": behaviour == "complied", "verdicts": verdicts}
+    made = answer_record(number, label, reason="made up", set=name, group=group, seed=seed)
+    made["verdicts"]["other"] = {"label": "complied", "reason": ""}
+    return made
 
 
 CONDITIONS = ("asr_increase > 0.1", "damage > 0.2", "concentration_increase.value < -2", "spearman < 0.9")
@@ -144,7 +141,6 @@ def scan_run(
     started: str | None = STARTED,
     n_layers: int = 4,
     n_seeds: int = 1,
-    kept: Sequence[bool] | None = None,
     concentration: float | None = None,
 ) -> Path:
     """A finished scan: ``freed`` prompts comply under a head, one under the others; ``significant`` heads differ."""
@@ -168,8 +164,6 @@ def scan_run(
     }
     if n_seeds > 1:
         results["vanilla"]["harmful"]["asr"]["interval"] = list(bootstrap_interval(np.array(vanilla, float)))
-    if kept is not None:
-        results["vanilla"]["benign"] = {"answered": rate(kept)}
     if concentration is not None:
         about = {"n": len(vanilla), "sizes": [1, 2], "n_random": 0, "against": "the unablated model"}
         results["concentration"] = about | {"value": concentration, "interval": [concentration - 0.1, 1.0]}
@@ -179,7 +173,6 @@ def scan_run(
         "vanilla-harmful": [
             record("harmful", at, one, seed=k) for at, one in enumerate(vanilla) for k in range(n_seeds)
         ],
-        "vanilla-benign": [record("benign", at, one) for at, one in enumerate(kept or ())],
         "heads-harmful": [record("harmful", at, True, "1-3") for at in range(len(vanilla))],
     }
     return _written(path, config, started, results, stages)
