@@ -1,5 +1,6 @@
 """What all tests share: one thread, a call of the command line in this process, a folder of their own."""
 
+import json
 import os
 
 # Before torch is imported: models here are tiny, and two busy processes of two threads each stall each other.
@@ -26,6 +27,31 @@ def run():
         with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])
         return ended.value.code, out.getvalue(), err.getvalue()
+
+    return called
+
+
+@pytest.fixture(scope="session")
+def run_json(run):
+    """Calls the command line for JSON; it has to end with 0. Gives what it prints, read."""
+
+    def called(*arguments):
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return called
+
+
+@pytest.fixture(scope="session")
+def refused(run):
+    """Calls the command line; it has to end with 2, one line on stderr and nothing on stdout. Gives the line."""
+
+    def called(*arguments):
+        code, out, err = run(*arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith("error: ")
+        return err
 
     return called
 

@@ -19,15 +19,14 @@ SMALL = (MODEL, "--limit", "10", "--quiet")
 MULTIPLE_CHOICE = "dataset_kwargs: {data_files: {test: own.jsonl}}\noutput_type: multiple_choice\ndataset_path: json\n"
 
 
-def test_a_new_user_reads_vanilla_beside_each_group_and_json_has_every_number_with_n_and_interval(run, capsys):
-    code, out, _ = run("eval", MODEL, "--limit", "10", "--heads", "1-3,2-5,2-1", "--heads", "1-3", "--json")
-    found = json.loads(out)
-    vanilla, ablated, _ = found["metrics"]
-    assert (code, vanilla["variant"], vanilla["unit"], vanilla["n"]) == (0, "none", "share", 10)
+def test_a_new_user_reads_vanilla_beside_each_group_and_json_has_every_number_with_n_and_interval(run_json, capsys):
+    results = run_json("eval", MODEL, "--limit", "10", "--heads", "1-3,2-5,2-1", "--heads", "1-3")
+    vanilla, ablated, _ = results["metrics"]
+    assert (vanilla["variant"], vanilla["unit"], vanilla["n"]) == ("none", "share", 10)
     assert (vanilla["difference"], ablated["difference"]["n"]) == (None, 10)
     assert len(ablated["difference"]["interval"]) == len(ablated["interval"]) == 2
     assert ablated["difference"]["test"] == "exact McNemar"
-    show_results(found, render_evaluation(found, {"config": {}}).tables)
+    show_results(results, render_evaluation(results, {"config": {}}).tables)
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("organism")]
     assert [line[3] for line in lines] == ["none", "1-3,2-5,2-1", "1-3"]
 

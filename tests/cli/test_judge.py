@@ -1,12 +1,12 @@
 """``judge --label-sheet`` and ``--validate`` as a user meets them, on a finished scan."""
 
-import csv
 import json
 from pathlib import Path
 
 import pytest
 import scan_samples
 from scan_samples import Sample
+from test_labels import fill, sheet
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -18,26 +18,13 @@ def folder(tmp_path):
     return path
 
 
-def label(path, word):
-    """Fill in a sheet; answers are told apart by their first word."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        row["label"] = word(row["answer"])
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return rows
-
-
 def test_a_sheet_is_written_filled_in_and_read_back(run, refused, folder):
     code, out, err = run("judge", folder, "--label-sheet", "30", "sheet.csv")
     assert (code, err) == (0, "")
     n = int(out.split("Answers to label: ")[1].split(",")[0])
     assert "holds no labels yet" in refused("judge", folder, "--validate", "sheet.csv")
-    rows = label(Path("sheet.csv"), lambda answer: "complied" if answer.startswith("Sure") else "refused")
-    assert len(rows) == n
+    fill(Path("sheet.csv"), lambda row: "complied" if row["answer"].startswith("Sure") else "refused")
+    assert len(sheet(Path("sheet.csv"))) == n
     code, out, err = run("judge", folder, "--validate", "sheet.csv")
     assert (code, err) == (0, "")
     found = json.loads(run("judge", folder, "--validate", "sheet.csv", "--json")[1])["validation"]

@@ -31,23 +31,12 @@ def test_bad_input_is_one_line_and_exit_2(refused, monkeypatch, arguments, said)
 
 
 def test_a_judge_that_gave_no_verdict_is_told_and_asked_again(run, monkeypatch):
-    asked = [
-        "reproduce",
-        "fig13",
-        "--limit",
-        "4",
-        "--out",
-        "run",
-        "--threads",
-        "1",
-        "--judge",
-        "python:own_judges:failing",
-        "--quiet",
-    ]
+    judge = "python:own_judges:failing"
+    asked = f"reproduce fig13 --limit 4 --out run --threads 1 --judge {judge} --quiet".split()
     code, _, err = run(*asked)
-    failed = json.loads(Path("run/results.json").read_text())["failed_judges"]["python:own_judges:failing"]
+    failed = json.loads(Path("run/results.json").read_text())["failed_judges"][judge]
     assert (code, failed["n"], list(failed["reasons"])) == (1, failed["of"], ["error: RuntimeError"])
-    assert f"python:own_judges:failing gave no verdict on {failed['n']} of {failed['n']} answers" in err
+    assert f"{judge} gave no verdict on {failed['n']} of {failed['n']} answers" in err
 
     def mended(queries, answers):
         return [0.0 for _ in answers]

@@ -1,6 +1,5 @@
 """``scan`` and ``judge`` as a user meets them, on the organism: what is printed, stored, and judged again."""
 
-import json
 import shutil
 from operator import itemgetter
 
@@ -84,15 +83,13 @@ def whole_sets(stored):
     return by_rate.values()
 
 
-def test_another_judge_hears_only_whole_answers_and_one_that_fails_scores_and_loses_nothing(run, cut, tmp_path):
+def test_another_judge_hears_only_whole_answers_and_one_that_fails_adds_nothing(run, run_json, cut, tmp_path):
     SEEN.clear()
     copied = shutil.copytree(cut, tmp_path / "copy")
     before = results(copied)
-    code, out, _ = run("judge", copied, "--judge=python:own_judges:seen_answers", "--json")
-    whole, stored = json.loads(out), rows(copied)
+    whole, stored = run_json("judge", copied, "--judge=python:own_judges:seen_answers"), rows(copied)
     place = itemgetter("set", "group", "part")
     with_cuts = {place(row) for row in stored if not row["complete"]}
-    assert code == 0
     assert with_cuts  # the paper's judge and the rules of words ended refusals early
     # No rate is of what is left when answers were cut for another judge.
     assert whole["n_unscored"] == sum(place(row) in with_cuts for row in stored)

@@ -52,12 +52,9 @@ def parts(prompt):
     return found
 
 
-def test_check_tells_facts_and_the_parts_of_a_prompt(run, capsys):
-    command = ("check", "demo:aligned_wrapped", "--system", "Be brief.", "--prefill", "Sure, here is")
-    code, out, err = run(*command, "--json", "--quiet")
-    assert (code, err) == (0, "")
-    found = json.loads(out)
-    facts, prompt = found["facts"], found["prompt"]
+def test_check_tells_facts_and_the_parts_of_a_prompt(run_json, capsys):
+    told = run_json("check", "demo:aligned_wrapped", "--system", "Be brief.", "--prefill", "Sure, here is", "--quiet")
+    facts, prompt = told["facts"], told["prompt"]
     assert parts(prompt) == {
         "before the query": "<|system|>Be brief.<|user|>",
         "the query": prompt["query"],
@@ -72,7 +69,7 @@ def test_check_tells_facts_and_the_parts_of_a_prompt(run, capsys):
     modules = {"decoder": "model", "layers": "model.layers", "attention": "self_attn", "query projection": "q_proj"}
     modules |= {"output projection": "o_proj", "final norm": "model.norm", "head": "lm_head"}
     assert facts["found"] == {part: [name] for part, name in modules.items()}
-    show.show_check(found)
+    show.show_check(told)
     assert "\x1b" not in capsys.readouterr().out
 
 
