@@ -149,6 +149,15 @@ class Lines(Progress):
 # Without Ray: who gets which unit.
 
 
+def claiming(name, claims, folder):
+    """A shard that asks these claims, which are here and not under Ray."""
+
+    def ask(method, *values):
+        return getattr(claims, method)(*values)
+
+    return ClaimingShard(name, folder, ask, ask)
+
+
 def test_a_unit_is_in_one_hand_and_goes_back_when_that_is_lost():
     now = [0.0]
     claims = Claims(lambda: now[0])
@@ -179,15 +188,12 @@ Shared.register("Claims", Claims)
 
 
 def work(name, claims, out, begins_with):
-    def ask(method, *values):
-        return getattr(claims, method)(*values)
-
     def count(_, stage, n):
         with (out.parent / "computed").open("a") as file:
             file.write(f"{stage} {n}\n")
         time.sleep(random.random() / 50)
 
-    shard = ClaimingShard(name, out, ask, ask)
+    shard = claiming(name, claims, out)
     shard.begins_with = begins_with
     stand_in(None, CONFIG, out, count, shard=shard)
 
@@ -211,8 +217,7 @@ def test_a_unit_that_fails_in_an_audit_of_a_sweep_goes_back(tmp_path):
     claims = Claims()
 
     def share(name):
-        ask = lambda method, *arguments: getattr(claims, method)(*arguments)  # noqa: E731
-        shard = ClaimingShard(name, tmp_path, ask, ask).within(tmp_path / "audit")
+        shard = claiming(name, claims, tmp_path).within(tmp_path / "audit")
         shard.divide({("scores/one",): 1.0})
         return shard
 
@@ -229,12 +234,8 @@ def test_what_a_judge_failed_on_is_asked_again_once_a_start_and_others_wait_for_
     now = [0.0]
     place, claims = records_place("s", {"n": 1}), [Claims(lambda: now[0])]
 
-    def ask(method, *values):
-        return getattr(claims[0], method)(*values)
-
     def records(name, mend=pytest.fail):
-        shard = ClaimingShard(name, tmp_path, ask, ask)
-        with RunDirectory.start(tmp_path, {}, {}, shard=shard) as run:
+        with RunDirectory.start(tmp_path, {}, {}, shard=claiming(name, claims[0], tmp_path)) as run:
             run.divide("s", {(place,): 1.0})
             return run.records("s", {"n": 1}, lambda: [{"failed": True}], mend, lambda record: record["failed"])
 
@@ -248,20 +249,15 @@ def test_what_a_judge_failed_on_is_asked_again_once_a_start_and_others_wait_for_
     assert records("second") == [{"failed": True}]
     claims[0] = Claims()
     assert records("third", mend) == records("fifth") == [{"failed": False}]
-    assert ask("claim", "sixth", "another")[1] == ["another"]
+    assert claims[0].claim("sixth", "another")[1] == ["another"]
 
 
 def test_a_borrowed_file_counts_as_done(tmp_path):
     place, claims = records_place("s", {"n": 1}), Claims()
-
-    def ask(method, *values):
-        return getattr(claims, method)(*values)
-
     with RunDirectory.start(tmp_path / "ua", {"ablation": "ua"}, {}) as run:
         run.records("s", {"n": 1}, lambda: [{"value": 1}])
-    with RunDirectory.start(
-        tmp_path / "sc", {"ablation": "sc"}, {}, shard=ClaimingShard("w", tmp_path / "sc", ask, ask)
-    ) as run:
+    shard = claiming("w", claims, tmp_path / "sc")
+    with RunDirectory.start(tmp_path / "sc", {"ablation": "sc"}, {}, shard=shard) as run:
         run.borrow([tmp_path / "ua"])
         run.divide("s", {(place,): 1.0})
         assert claims.news()[1] == ("s", 0, 1)
@@ -276,7 +272,6 @@ def test_a_borrowed_file_counts_as_done(tmp_path):
         (["--ray", "local", "--shard", "1/2"], "--ray and --shard exclude each other"),
         (["--ray", "local", "--workers", "0"], "--workers is at least 1"),
         (["--ray", "local", "--gpus-per-worker", "nan"], "--gpus-per-worker and --judge-workers not below 0"),
-        (["--ray", "local", "--gpus-per-worker", "inf"], "--gpus-per-worker and --judge-workers not below 0"),
         (["--ray", "local", "--judge-workers", "2"], "--judge-workers hold judge models, and no --judge is one"),
         (["--ray", "local", "--gpus-per-worker", "1"], "--gpus-per-worker belongs to --device cuda"),
         (["--ray", "local", "--device", "cuda"], "--gpus-per-worker belongs to --device cuda"),

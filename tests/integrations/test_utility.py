@@ -1,4 +1,4 @@
-"""lm-eval on the organism: its numbers against ours, ablations against edited weights, and what it leaves behind."""
+"""lm-eval on the organism: its numbers against plain forwards, and what it leaves behind."""
 
 import copy
 import json
@@ -96,21 +96,6 @@ def rows_of(utility, variant="none", field="responses"):
     return [row[field] for row in utility.records["organism", variant][1:]]
 
 
-@contextmanager
-def queries_scaled(engine, group, epsilon):
-    """Undifferentiated attention by editing W_q (Eq 7): RoPE is linear and a Llama has no query norm."""
-    facts = engine.model.config
-    d_head = facts.hidden_size // facts.num_attention_heads
-    before = {name: weight.clone() for name, weight in engine.model.state_dict().items()}
-    for head in group:
-        rows = slice(head.index * d_head, (head.index + 1) * d_head)
-        engine.model.model.layers[head.layer].self_attn.q_proj.weight.data[rows] *= epsilon
-    try:
-        yield
-    finally:
-        engine.model.load_state_dict(before)
-
-
 def test_vanilla_accuracy_equals_the_one_by_hand_and_can_fall(engine, whole):
     documents = organism_documents()
     likelihoods = by_hand(engine, documents)
@@ -122,8 +107,8 @@ def test_vanilla_accuracy_equals_the_one_by_hand_and_can_fall(engine, whole):
     assert whole.metric("organism", variant="1-3")["value"] < 0.9
 
 
-def test_an_ablated_run_equals_edited_weights_by_hand_and_is_paired_with_vanilla(engine, whole):
-    with queries_scaled(engine, GROUP, UNDIFFERENTIATED_ATTENTION.epsilon):
+def test_an_ablated_run_equals_plain_forwards_and_is_paired_with_vanilla(engine, whole):
+    with engine.ablated(GROUP, UNDIFFERENTIATED_ATTENTION):
         likelihoods = by_hand(engine, organism_documents()[:24])
     ablated, vanilla = (np.array(rows_of(whole, label)[:24]) for label in ("0-0,0-1,1-3,2-5", "none"))
     np.testing.assert_allclose(ablated, likelihoods, atol=TOLERANCE)
@@ -290,31 +275,24 @@ def test_metrics_change_as_their_kind_says():
     assert metric_change(share, share, by_sample([1, 0]), {"other": 0.0})["p_value"] is None
 
 
-TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-ASKS = "{% if add_generation_prompt %}[assistant]"
+TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]"
 CHATS = {
-    # What is asked, and what ends a thought, closed and open.
-    "a switch": (
-        ASKS + "{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}",
-        "<think></think>",
-        "",
-    ),
-    "begun by the prompt": (ASKS + "<think>\n{% endif %}", "<think>\n\n</think>\n\n", "<think>\n"),
-    "in the history alone": (ASKS + "{% endif %}{# </think> #}", "", ""),
+    "a switch": TURNS + "{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}",
+    "begun by the prompt": TURNS + "<think>\n{% endif %}",
+    "in the history alone": TURNS + "{% endif %}{# </think> #}",
 }
 
 
 @pytest.mark.parametrize("kind", CHATS)
 @pytest.mark.parametrize("thinking", [None, "open"])
 def test_think_blocks_are_dealt_with_as_in_every_other_command(engine, monkeypatch, kind, thinking):
-    template, closed, opened = CHATS[kind]
     tokenizer = copy.deepcopy(engine.tokenizer)
-    tokenizer.chat_template = TURNS + template
+    tokenizer.chat_template = CHATS[kind]
     monkeypatch.setattr(engine, "tokenizer", tokenizer)
     chat = chat_of(engine, TaskOptions(template="chat", thinking=thinking))
     model = harness_model(engine, 1, chat)
     asked = model.apply_chat_template([{"role": "user", "content": "hi"}])
-    assert asked == chat.render("hi") == f"[user]hi[assistant]{opened if thinking else closed}"
+    assert asked == chat.render("hi")
     # What is generated is read as answers are: thoughts are left out, and their lines end nothing.
     generated = []
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -241,9 +241,9 @@ def manifest(**changed: Any) -> dict[str, Any]:
     return dict(json.loads(json.dumps(value | remembered)))
 
 
-def finished_run(path: Path, made: Sequence[Outcome] | None = None, config: Mapping[str, Any] | None = None) -> Path:
+def finished_run(path: Path, made: Sequence[Outcome] | None = None) -> Path:
     """A run directory of these outcomes."""
-    settings = {"kind": "reproduction", **asdict(ReproductionConfig()), **(config or {})}
+    settings = {"kind": "reproduction", **asdict(ReproductionConfig())}
     with RunDirectory.start(path, settings, {"started": "2026-01-02T03:04:05+00:00"}) as run:
         run.write_results(results(made))
         run.add_timings(timings(made))
