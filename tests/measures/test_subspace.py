@@ -52,10 +52,12 @@ def test_directions_are_those_of_the_full_decomposition(shape, rank, centred, sp
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("spare", [1, 3])
-def test_directions_of_a_nearly_rank_deficient_stack_are_right(space, spare):
+@pytest.mark.parametrize("tall", [False, True])
+def test_directions_of_a_nearly_rank_deficient_stack_are_right(space, spare, tall):
     # In a Gram matrix the third value is 1e-14, and eps of 2e-16 beside it turns its vector by a hundredth.
     values = torch.tensor([1.0, 1e-3, 1e-7], dtype=torch.float64)
     left, right = orthonormal(3 + spare, 3), orthonormal(7, 3, seed=1)
+    left, right = (right, left) if tall else (left, right)
     hard = left * values @ right.mT
     stack = torch.stack([gaussian(*hard.shape, seed=2), hard])  # one hard stack among easy ones
     found = dominant_directions(stack, space, rank=3)[1]

@@ -158,17 +158,19 @@ class HeadPass:
         hidden = engine.replayed(self._captures, [()], ablation, engine.n_layers - 1)[0]
         self.unablated: dict[str, Tensor] = {}
         reads_next, kept, highest = bool(readouts.ships or readouts.openers or readouts.targets), [], []
-        for some in next_token_log_probabilities(engine, hidden):
-            highest.append(some.amax(dim=-1))
-            kept += [some] * reads_next
+        for logits in engine.logit_chunks(hidden):
+            highest.append(_log_probabilities(logits).amax(dim=-1))
+            # Not what is made of them, which takes twice the memory.
+            kept += [logits] * reads_next
         sureness = self._by_prompt(torch.cat(highest)[None])[0]
         self.least_sure_first: tuple[int, ...] = tuple(sureness.argsort(stable=True).tolist())
         """Numbers of the prompts by the log-probability of the unablated model's likeliest next token, lowest first; of
         several wanted tokens their mean."""
         if reads_next:
-            log_probabilities = self.unablated["log_probabilities"] = torch.cat(kept)
+            logits = self.unablated["logits"] = torch.cat(kept)
             if readouts.openers:
-                self.unablated["log_odds"] = log_odds(log_probabilities[first_wanted(sequences)], readouts.openers)
+                firsts = _log_probabilities(logits[first_wanted(sequences)])
+                self.unablated["log_odds"] = log_odds(firsts, readouts.openers)
         for angle in readouts.angles:
             self.unablated[angle.label] = self._directions(hidden[None], angle)[0]
 
@@ -265,14 +267,14 @@ class HeadPass:
 
         Openers are first tokens of answers, so the log-odds at later, teacher-forced positions would mean nothing.
         """
-        reference = self.unablated["log_probabilities"]
+        reference = self.unablated["logits"]
         n_groups, n_wanted = hidden.shape[:2]
         divergences, drops, odds, start = [], [], [], 0
         targets = torch.tensor([token for tokens in self.readouts.targets for token in tokens], device=hidden.device)
         for log_probabilities in next_token_log_probabilities(self.engine, hidden.flatten(0, 1)):
             end = start + len(log_probabilities)
             wanted = torch.arange(start, end, device=reference.device) % n_wanted
-            unablated = reference[wanted]
+            unablated = _log_probabilities(reference[wanted])
             start = end
             if len(targets):
                 drops.append((unablated - log_probabilities).gather(1, targets[wanted][:, None])[:, 0])
@@ -308,7 +310,11 @@ class HeadPass:
 def next_token_log_probabilities(engine: Engine, states: Tensor) -> Iterator[Tensor]:
     """Next-token log-probabilities of states [n, d_model] before the final norm: chunks [some of n, vocabulary]."""
     for logits in engine.logit_chunks(states):
-        yield torch.log_softmax(logits.double(), dim=-1)
+        yield _log_probabilities(logits)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits.double(), dim=-1)
 
 
 def log_odds(log_probabilities: Tensor, openers: Sequence[int]) -> Tensor:

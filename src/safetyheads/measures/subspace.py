@@ -25,12 +25,13 @@ def dominant_directions(states: Tensor, space: Space, rank: int = 1, centred: bo
     stack = states.double()
     if centred:
         stack = stack - stack.mean(dim=-2, keepdim=True)
-    if n_prompts <= d_model:
-        eigenvalues, eigenvectors = torch.linalg.eigh(stack @ stack.mT)  # ascending
-        left = eigenvectors[..., -rank:].flip(-1)
-        first, last = eigenvalues[..., -1], eigenvalues[..., -rank]
-        if not bool((last <= first * _GRAM_RATIO**2).any()):
-            return left if space == "prompt" else torch.linalg.qr(stack.mT @ left).Q
+    # The Gram matrix of the shorter side: its vectors are the left ones of a wide stack, the right ones of a tall one.
+    wide = n_prompts <= d_model
+    eigenvalues, eigenvectors = torch.linalg.eigh(stack @ stack.mT if wide else stack.mT @ stack)  # ascending
+    found = eigenvectors[..., -rank:].flip(-1)
+    first, last = eigenvalues[..., -1], eigenvalues[..., -rank]
+    if not bool((last <= first * _GRAM_RATIO**2).any()):
+        return found if wide == (space == "prompt") else torch.linalg.qr((stack.mT if wide else stack) @ found).Q
     left, _, right = torch.linalg.svd(stack, full_matrices=False)
     return left[..., :rank] if space == "prompt" else right.mT[..., :rank]
 

@@ -26,6 +26,8 @@ CPU_TOKENS = 4096
 CUDA_TOKENS = 65536
 # The mask of a row has this number squared of entries.
 _LONGEST_ROW = 4096
+# Bytes of the masks of all rows together: of many prompts, rows are shorter.
+_MASKS_AT_ONCE = 1 << 25
 # Logits in flight together while next tokens are read: 176 MiB.
 _LOGITS_AT_ONCE = 1 << 22
 # Bytes of each of them: in float32, and in float64 itself, its logarithm, what it is compared with and their product.
@@ -70,7 +72,7 @@ def lay_out(sequences: Sequence[TokenSequence], costs: "ModelCosts", token_budge
         overhead = _OVERHEAD_TOKENS * costs.token / n_rows
         return (length * costs.token + n_pairs * costs.pair + overhead) / n
 
-    longest = min(token_budget, _LONGEST_ROW)
+    longest = min(token_budget, _LONGEST_ROW, _MASKS_AT_ONCE // (prefix + round(rest * len(sequences))))
     most = max(1, int((longest - prefix) // max(rest, 1))) if quick.packs else 1
     n_per_row = min(range(1, min(most, len(sequences)) + 1), key=cost_per_sequence)
     n_rows = -(-len(sequences) // n_per_row)
@@ -315,10 +317,11 @@ class ModelCosts:
             starting = self._layer_bytes(2, row)[1] if self.quick.starts_late else 0
             running = max(running, capturing, starting, *self._layer_bytes(n, row))
         states = n * n_wanted * facts.d_model * size
-        reading = n * len(sequences) * (facts.d_model * (size + 8) + 32 * len(sequences))
+        gram = min(len(sequences), facts.d_model) ** 2
+        reading = n * (len(sequences) * facts.d_model * (size + 8) + 32 * gram)
         chunk = min(max(1, at_once // facts.vocabulary_size), n * n_wanted) * facts.vocabulary_size if at_once else 0
-        kept = 8 * n_wanted * facts.vocabulary_size if at_once else 0
-        return kept + captured + states + max(running, states, reading, kept + 12 * chunk, _LOGIT_BYTES * chunk)
+        kept = max(4, size) * n_wanted * facts.vocabulary_size if at_once else 0
+        return kept + captured + states + max(running, states, reading, kept + 16 * chunk, _LOGIT_BYTES * chunk)
 
     def _layer_bytes(self, n_groups: int, row: RowSize) -> tuple[int, int]:
         """Peaks of ``n_groups`` batch rows in a layer's MLP and in its attention, as transformers' layers have them."""
