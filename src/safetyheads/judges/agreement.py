@@ -12,7 +12,7 @@ import scipy  # its modules load on first use
 
 from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
-from safetyheads.stats.intervals import Interval
+from safetyheads.stats.intervals import Interval, places_of
 
 CLASSES: tuple[str, ...] = ("complied", "refused", "neither")
 """The three classes. All other labels are ``neither``, because few judges tell them apart."""
@@ -104,9 +104,7 @@ def _cohens_kappa(pairs: Sequence[Sequence[str]], prompts: Sequence[Hashable] | 
     # How much each answer moves kappa: its derivative by the observed and by the chance agreement.
     moves = ((first == second) - observed) / (1 - chance)
     moves -= (1 - observed) / (1 - chance) ** 2 * (shares[1][first] + shares[0][second] - 2 * chance)
-    asked = range(n) if prompts is None else prompts
-    order = {prompt: at for at, prompt in enumerate(dict.fromkeys(asked))}
-    sums = np.bincount([order[prompt] for prompt in asked], weights=moves)
+    sums = np.bincount(places_of(n, prompts), moves)
     n_prompts = len(sums)
     error = float(np.sqrt((sums**2).sum() * n_prompts / max(n_prompts - 1, 1))) / n
     # Rounding leaves an error of 0 a little above it.

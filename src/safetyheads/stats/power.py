@@ -54,10 +54,7 @@ def prompts_needed(change: float, p0: float = 0.0, tests: int = 1, n_seeds: int 
         low, high = high, 2 * high
         if high > _LARGEST_N:
             return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if _power(middle, change, p0, ALPHA / tests, n_seeds) < POWER else (low, middle)
-    return high
+    return bisect_left(range(high), True, low + 1, key=lambda n: _power(n, change, p0, ALPHA / tests, n_seeds) >= POWER)
 
 
 def prompts_line(n: int, heads: int = 1, n_seeds: int = 1, n_clusters: int | None = None) -> str:

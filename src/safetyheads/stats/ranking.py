@@ -6,7 +6,7 @@ ASR itself are chosen with hindsight, so regrets are compared on halves of the p
 ASR of one half of the prompts as a score for the other half.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -137,7 +137,8 @@ def split_half(
         assert interval is not None
         hits = float(np.mean([differs[heads].sum() for heads in chosen])) if differs.any() else None
         sizes.append(AtSize(k, hits, regret, regret, interval))
-    spearman = _mean(next(iter(_spearmans(first, second[None])), None) for first, second in both)
+    correlations = [found for first, second in both for found in _spearmans(first, second[None])]
+    spearman = float(np.mean(correlations)) if correlations else None
     reliability = spearman_brown(spearman)
     bounded = reliability, None if reliability is None else float(np.sqrt(reliability))
     known = None, None, None, int(differs.sum()), len(differs), tuple(sizes)
@@ -307,11 +308,6 @@ def _jackknifed(
     error = max(float(np.sqrt((n - 1) * np.var(left_out))), float(np.std(redrawn)) if len(redrawn) else 0.0)
     half_width = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
     return max(-1.0, estimate - half_width), min(1.0, estimate + half_width)
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return float(np.mean(present)) if present else None
 
 
 def _auc(values: FloatArray, differs: NDArray[np.bool_]) -> tuple[float | None, float | None]:

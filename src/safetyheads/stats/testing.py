@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 
 import numpy as np
 import scipy  # its modules load on first use
@@ -98,10 +99,7 @@ def _whole_steps(old: FloatArray, new: FloatArray) -> NDArray[np.int64]:
     sizes = [(~np.isnan(side)).sum(axis=1) for side in (old, new)]
     steps = math.lcm(*(int(size) for size in np.unique(np.concatenate(sizes))))
     if steps > _MOST_STEPS:
-        moved: NDArray[np.int64] = np.rint((np.nanmean(new, axis=1) - np.nanmean(old, axis=1)) * _MOST_STEPS).astype(
-            int
-        )
-        return moved
+        return np.rint((np.nanmean(new, axis=1) - np.nanmean(old, axis=1)) * _MOST_STEPS).astype(np.int64)
     ones = [np.nansum(side, axis=1).astype(np.int64) for side in (old, new)]
     before, after = (count * (steps // size) for count, size in zip(ones, sizes, strict=True))
     return after - before
@@ -144,10 +142,7 @@ def least_attainable_p(changed: int) -> float:
 @lru_cache(64)
 def least_changed(alpha: float) -> int:
     """The fewest pairs that, all changed the same way, bring an exact two-sided test down to ``alpha``, above 0."""
-    changed = 1
-    while least_attainable_p(changed) > alpha:
-        changed += 1
-    return changed
+    return next(changed for changed in count(1) if least_attainable_p(changed) <= alpha)
 
 
 @lru_cache(4096)
@@ -269,8 +264,7 @@ def log_odds_synergy(
         down, up = logits - low, high - logits
         falls = signs * np.where(signs > 0, down, up)
         rises = signs * np.where(signs > 0, up, down)
-        widths = (math.sqrt(max(float(side @ correlations @ side), 0.0)) for side in (falls, rises))
-        below, above = widths
+        below, above = (math.sqrt(max(float(side @ correlations @ side), 0.0)) for side in (falls, rises))
         return value - below, value + above
 
     return Synergy(value, interval(CONFIDENCE), n, _p_of(interval))
