@@ -5,11 +5,10 @@ would hold some strong head that no control may have.
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, combinations
+from itertools import combinations
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -134,10 +133,8 @@ class _Pool:
             counts = {
                 n: self.ways(place, n) * self.count(place + 1, len(heads) + n) for n in self.numbers(place, len(heads))
             }
-            numbers = [n for n, count in counts.items() if count]
             # Whole numbers may exceed a float, so they are scaled first.
-            ends = list(accumulate(counts[n] / sum(counts.values()) for n in numbers[:-1]))
-            n = numbers[bisect_right(ends, generator.random())]
+            n = generator.choice(list(counts), p=[count / sum(counts.values()) for count in counts.values()])
             chosen = generator.choice(self.free[place], n, replace=False) if n else ()
             heads += [Head(layer, int(index)) for index in sorted(chosen)]
         return tuple(heads)

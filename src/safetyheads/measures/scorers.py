@@ -72,11 +72,6 @@ class Opener(Shown):
         return f"{self.text!r} {self.count} of {self.n_refused} refusals" + "".join(f", {words}" for words in beside)
 
     @property
-    def is_frequent(self) -> bool:
-        """Whether it opens :data:`LEAST_OPENED` of the refusals."""
-        return self.count >= LEAST_OPENED * self.n_refused
-
-    @property
     def is_shared(self) -> bool:
         """Whether it opens :data:`LEAST_OPENED` of the answers that comply, or of the benign ones."""
         pairs = ((self.n_complied, self.of_complied), (self.n_benign, self.of_benign))
@@ -251,31 +246,24 @@ def openers_of(
     firsts = firsts_of(row for row in answers if row.verdict.label == "refused")
     complied = firsts_of(row for row in answers if row.verdict.label == "complied")
     others = firsts_of(row for row in benign if row.verdict.label != "refused")
-    of_complied, of_benign = complied.total(), others.total()
+    n_refused, of_complied, of_benign = firsts.total(), complied.total(), others.total()
+    text_of = {token: engine.tokenizer.decode([token]) for token in firsts}
     found = [
-        Opener(
-            token,
-            engine.tokenizer.decode([token]),
-            count,
-            firsts.total(),
-            complied[token],
-            of_complied,
-            others[token],
-            of_benign,
-        )
+        Opener(token, text_of[token], count, n_refused, complied[token], of_complied, others[token], of_benign)
         for token, count in sorted(firsts.items(), key=lambda item: (-item[1], item[0]))
+        if count >= LEAST_OPENED * n_refused
     ]
-    openers = tuple(opener for opener in found if opener.is_frequent and not opener.is_shared)
-    if shared := [opener for opener in found if opener.is_frequent and opener.is_shared]:
+    openers = tuple(opener for opener in found if not opener.is_shared)
+    if shared := [opener for opener in found if opener.is_shared]:
         warnings.warn(
             f"left out of the refusal score, since other answers open so too: {'; '.join(map(str, shared))}",
             FirstTokenWarning,
             stacklevel=2,
         )
     blank = sum(opener.count for opener in openers if not opener.text.strip())
-    if 2 * blank > sum(firsts.values()):
+    if 2 * blank > n_refused:
         warnings.warn(
-            f"{blank} of {sum(firsts.values())} refusals open with a blank token, which answers may open with too: "
+            f"{blank} of {n_refused} refusals open with a blank token, which answers may open with too: "
             "the refusal score says little here",
             FirstTokenWarning,
             stacklevel=2,

@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -422,8 +422,8 @@ def download(name: str, wanted: Columns = Columns()) -> tuple[PromptFile, str | 
 def read_benchmark(name: str, path: Path, wanted: Columns = Columns()) -> tuple[PromptFile, str | None]:
     """A file as that of a known benchmark, with a sentence on how it differs from the one that we looked at."""
     benchmark = KNOWN_BENCHMARKS[name]
-    own = ((part, getattr(wanted, part)) for part in ("query", "context", "category", "reference"))
-    columns = replace(benchmark.columns, **{part: column for part, column in own if column is not None})
+    own = {part: column for part, column in asdict(wanted).items() if column is not None}
+    columns = replace(benchmark.columns, **own)
     file = read_rows(path, columns, benchmark.only)
     rows, sha256, differences = file.rows, file.sha256, list[str]()
     if benchmark.sha256 is None:

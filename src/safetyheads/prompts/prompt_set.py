@@ -308,21 +308,16 @@ class PromptSet(Table):
         elif len(searched) == size:
             searched.difference_update(smallest)
 
-        def half(name: str, is_searched: bool) -> PromptSet:
-            prompts = tuple(prompt for at, prompt in enumerate(whole.prompts) if (at in searched) == is_searched)
-            part = replace(whole, prompts=prompts, name=f"{self.name}/{name}")
-            if is_searched:
-                return part
-            n_effective = effective_number(part.clusters or range(len(part)))
-            if n_effective < len(part) - 0.5:
-                note = (
-                    f"{self.name}: the {len(part)} test prompts are worth {n_effective:.0f} independent ones if "
-                    f"near-duplicates are answered alike; no test prompt has a near-duplicate in the search half"
-                )
-                part = replace(part, notes=(*whole.notes, note))
-            return part
-
-        return half("search", True), half("test", False)
+        search = replace(whole.select(sorted(searched)), name=f"{self.name}/search")
+        test = replace(whole.select(at for at in range(size) if at not in searched), name=f"{self.name}/test")
+        n_effective = effective_number(test.clusters or ())
+        if n_effective < len(test) - 0.5:
+            note = (
+                f"{self.name}: the {len(test)} test prompts are worth {n_effective:.0f} independent ones if "
+                f"near-duplicates are answered alike; no test prompt has a near-duplicate in the search half"
+            )
+            test = replace(test, notes=(*whole.notes, note))
+        return search, test
 
     def facts(self) -> dict[str, Any]:
         """How many prompts there are, how many clusters of near-duplicates, and what was sampled or left out."""
@@ -401,9 +396,8 @@ def near_duplicates(texts: Sequence[str]) -> tuple[tuple[int, ...], float]:
 
 def near_any(texts: Sequence[str], others: Sequence[str]) -> tuple[bool, ...]:
     """Which texts are near-duplicates of one of the others, or equal to it."""
-    near: set[int] = set()
-    for start, (rows, columns) in _near_pairs(_words_matrix([*texts, *others]), 5):
-        near.update((start + rows[columns >= len(texts)]).tolist())
+    rows, columns = _near_pairs(_words_matrix([*texts, *others]), 5)
+    near = set(rows[columns >= len(texts)].tolist())
     return tuple(at in near for at in range(len(texts)))
 
 
@@ -417,8 +411,7 @@ def _connected(texts: Sequence[str], tenths: int) -> "NDArray[np.int64]":
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    parts = [(start + rows, columns) for start, (rows, columns) in _near_pairs(_words_matrix(texts), tenths)]
-    rows, columns = (np.concatenate(side) for side in zip(*parts, strict=True))
+    rows, columns = _near_pairs(_words_matrix(texts), tenths)
     near = coo_matrix((np.ones(len(rows), np.int8), (rows, columns)), shape=(len(texts),) * 2)
     components: NDArray[np.int64] = connected_components(near, directed=False)[1]
     return components
@@ -436,15 +429,16 @@ def _words_matrix(texts: Sequence[str]) -> "csr_matrix":
     return csr_matrix((np.ones(len(indices), np.int32), indices, ends), shape=(len(texts), len(vocabulary)))
 
 
-def _near_pairs(words: "csr_matrix", tenths: int) -> list[tuple[int, "tuple[NDArray[np.int64], NDArray[np.int64]]"]]:
-    """Pairs of near-duplicates, block of rows by block: the block's first row, and (row in the block, column)."""
+def _near_pairs(words: "csr_matrix", tenths: int) -> "tuple[NDArray[np.int64], NDArray[np.int64]]":
+    """The row and the column of each pair of near-duplicates; compared block of rows by block."""
     import numpy as np
 
-    sizes, blocks = np.diff(words.indptr), []
+    sizes, pairs = np.diff(words.indptr), []
     for start in range(0, words.shape[0], _ROWS_AT_ONCE):
         shared = (words[start : start + _ROWS_AT_ONCE] @ words.T).tocoo()
         both = sizes[start + shared.row] + sizes[shared.col]
         # shared / (both - shared) > tenths / 10, in whole numbers.
         near = shared.data * (10 + tenths) > tenths * both
-        blocks.append((start, (shared.row[near].astype(np.int64), shared.col[near].astype(np.int64))))
-    return blocks
+        pairs.append(np.array([start + shared.row[near], shared.col[near]], np.int64))
+    rows, columns = np.concatenate(pairs, axis=1)
+    return rows, columns
