@@ -84,9 +84,7 @@ def test_a_run_prints_its_tables_and_goes_on_where_it_was(run, monkeypatch):
     assert "limit (6 -> 7)" in error
 
 
-@pytest.fixture
-def own_files(own_folder):
-    """Two checkpoints and prompts in this folder, with settings for them."""
+def test_weights_and_prompts_that_changed_under_their_name_are_refused(run):
     for name, origin in (("mine", "aligned_a"), ("other", "aligned_b")):
         shutil.copytree(demo.checkpoint_path(origin), name)
     for name, prompts in (("harmful", demo.harmful_prompts("test", 6)), ("benign", demo.benign_prompts("test", 6))):
@@ -94,10 +92,6 @@ def own_files(own_folder):
     Path("lab.toml").write_text(
         'models = ["mine"]\nrelated = "other"\ndatasets = ["harmful.txt"]\nbenign = "benign.txt"\n'
     )
-
-
-@pytest.mark.usefixtures("own_files")
-def test_weights_and_prompts_that_changed_under_their_name_are_refused(run):
     arguments = ("reproduce", "fig5", "--config", "lab.toml", "--out", "run", "--threads", "1")
     assert run(*arguments)[0] == 0
     changes = {f"{name}/model.safetensors": f"{name} has other weights" for name in ("mine", "other")}

@@ -1,6 +1,7 @@
 """``scan`` and ``judge`` as a user meets them, on the organism: what is printed, stored, and judged again."""
 
 import shutil
+from collections import Counter
 from operator import itemgetter
 
 import pytest
@@ -18,26 +19,6 @@ def scanned(run, tmp_path_factory):
     """A small scan, judged by the paper's judge, and what was printed."""
     out = tmp_path_factory.mktemp("finished") / "run"
     return out, *run(*SMALL, "--judge", "paper", "--limit", "8", "--no-scores", "--out", out)
-
-
-@pytest.fixture
-def copied(scanned, tmp_path):
-    """A copy of it, to be judged again."""
-    return shutil.copytree(scanned[0], tmp_path / "copy")
-
-
-@pytest.fixture(scope="module")
-def cut(run, tmp_path_factory):
-    """A small scan whose refusals end early.
-
-    The organism's are one sentence, about which the rules of words are final only at its end: here they are before.
-    """
-    out = tmp_path_factory.mktemp("cut") / "run"
-    beside = ("--judge", "paper", "--limit", "8", "--no-scores", "--out", out)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(PhraseJudge, "final", lambda _, text: "cannot" in text)
-        assert run(*SMALL, *beside)[0] == 0
-    return out
 
 
 def results(out):
@@ -75,38 +56,36 @@ def test_all_parts_at_once(run, tmp_path):
     assert first["asr"] == singles[first["heads"][0]]  # Sahara's first head, answered in another batch
 
 
-def whole_sets(stored):
-    """The answers of each rate."""
-    by_rate = {}
-    for row in stored:
-        by_rate.setdefault((row["set"], row["group"]), []).append(row)
-    return by_rate.values()
-
-
-def test_another_judge_hears_only_whole_answers_and_one_that_fails_adds_nothing(run, run_json, cut, tmp_path):
+def test_another_judge_hears_only_whole_answers_and_one_that_fails_adds_nothing(run, run_json, tmp_path, monkeypatch):
+    scan = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        # The organism's refusals are one sentence, about which the rules of words are final only at its end.
+        patched.setattr(PhraseJudge, "final", lambda _, text: "cannot" in text)
+        assert run(*SMALL, "--judge", "paper", "--limit", "8", "--no-scores", "--out", scan)[0] == 0
     SEEN.clear()
-    copied = shutil.copytree(cut, tmp_path / "copy")
-    before = results(copied)
-    whole, stored = run_json("judge", copied, "--judge=python:own_judges:seen_answers"), rows(copied)
+    before = results(scan)
+    whole, stored = run_json("judge", scan, "--judge=python:own_judges:seen_answers"), rows(scan)
     place = itemgetter("set", "group", "part")
     with_cuts = {place(row) for row in stored if not row["complete"]}
     assert with_cuts  # the paper's judge and the rules of words ended refusals early
     # No rate is of what is left when answers were cut for another judge.
     assert whole["n_unscored"] == sum(place(row) in with_cuts for row in stored)
     assert any("--full-answers" in reason for reason in whole["unscored"])
-    assert {rate[whole["judge"]]["n"] for rate in whole["rates"].values()} <= {0, *map(len, whole_sets(stored))}
+    n_answers = Counter((row["set"], row["group"]) for row in stored)
+    assert {rate[whole["judge"]]["n"] for rate in whole["rates"].values()} <= {0, *n_answers.values()}
     assert sorted(set(SEEN)) == sorted({row["text"] for row in stored if row["complete"]})
-    after = results(copied)
+    after = results(scan)
     _, seeing = (judge["name"] for judge in after["judges"])
     assert sum(head["by_judge"][seeing]["unscored"] for head in after["heads"]) > 0
     assert after["lead_judge"] == "paper"
     assert [head["asr"] for head in after["heads"]] == [head["asr"] for head in before["heads"]]
     # A judge that answers nothing adds nothing.
-    code, out, _ = run("judge", copied, "--judge=python:own_judges:failing", "--json", "--quiet")
-    assert (code, out, results(copied)) == (1, "", after)
+    code, out, _ = run("judge", scan, "--judge=python:own_judges:failing", "--json", "--quiet")
+    assert (code, out, results(scan)) == (1, "", after)
 
 
-def test_later_judges_find_each_other_but_none_whose_start_was_killed_before_its_results(run, copied):
+def test_later_judges_find_each_other_but_none_whose_start_was_killed_before_its_results(run, scanned, tmp_path):
+    copied = shutil.copytree(scanned[0], tmp_path / "copy")
     before = (copied / "results.json").read_bytes()
     assert run("judge", copied, "--judge", "phrases", "--quiet")[0] == 0
     with_phrases = (copied / "results.json").read_bytes()

@@ -23,8 +23,8 @@ from safetyheads.runs.compare import (
 from safetyheads.runs.config import AuditConfig, preset_settings
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.reader import RunReader
+from safetyheads.stats.gain_over_random import SizeOutcome, change_interval, prompt_gains
 from safetyheads.stats.intervals import (
-    N_RESAMPLES,
     clustered_paired_interval,
     newcombe_interval,
     newcombe_paired_interval,
@@ -98,24 +98,15 @@ def test_without_refusals_there_is_no_group_to_compare(same, tmp_path):
     assert found.heads.gone == ("1-3", "2-1")
 
 
-def slow_gains(groups, random):
-    return [
-        sum(g[p] - sum(one[p] for one in r) / len(r) for g, r in zip(groups, random, strict=True)) / len(groups)
-        for p in range(N)
-    ]
-
-
 def test_the_change_of_concentration_resamples_both_runs_at_once_and_counts_the_draw_of_groups(same, tmp_path):
     groups, random = [first(3), first(9)], [[first(0), first(4)], [first(1), first(5)]]
     found = compared(same, audit_run(tmp_path / "b", groups=groups, random=random)).concentration
-    old = slow_gains([first(10), first(18)], [[first(1), first(2)]] * 2)
-    gained = np.array(slow_gains(groups, random)) - np.array(old)
-    means = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=N_RESAMPLES) @ gained / N
-    assert found.paired
-    assert found.change == pytest.approx(gained.mean(), abs=1e-12)
-    # Beside the prompts, others of the two random groups of each size could have been drawn.
-    low, high = np.quantile(means, [0.025, 0.975])
-    assert found.interval[0] < low < high < found.interval[1]
+    sides = [([first(10), first(18)], [[first(1), first(2)]] * 2), (groups, random)]
+    curves = [[SizeOutcome(at, *both, 500) for at, both in enumerate(zip(*side, strict=True))] for side in sides]
+    old, new = (prompt_gains(curve, [0] * N)[0] for curve in curves)
+    # (3 - 2 + 9 - 3) / 2 and (10 - 1.5 + 18 - 1.5) / 2, of 20.
+    assert (found.paired, found.change) == (True, pytest.approx((3.5 - 12.5) / N))
+    assert found.interval == pytest.approx(change_interval(new - old, curves))
 
 
 def test_concentrations_are_compared_over_the_same_sizes_and_groups(same, tmp_path):
@@ -131,12 +122,6 @@ def test_concentrations_are_compared_over_the_same_sizes_and_groups(same, tmp_pa
     found = compared(same, audit_run(tmp_path / "d", random=[[], []], config=settings("other"))).concentration
     assert found.change is None
     assert "other sizes, or against other groups" in found.note
-
-
-def test_heads_that_came_and_went(same, tmp_path):
-    found = compared(same, audit_run(tmp_path / "b", heads=("2-1", "0-1"), scores={"2-1": 5.0, "0-1": 4.0, "2-5": 3.0}))
-    assert (found.heads.gone, found.heads.new, found.heads.kept) == (("1-3",), ("0-1",), ("2-1",))
-    assert (found.lead_ranks.overlaps[0].gone, found.lead_ranks.overlaps[0].new) == (("1-3",), ("0-1",))
 
 
 def test_other_shapes_are_not_ranked(tmp_path):
@@ -220,6 +205,7 @@ def outcome(found, text):
 def test_conditions(same, tmp_path):
     scores = {"2-1": 5.0, "0-1": 4.0, "2-5": 3.0}
     found = compared(same, audit_run(tmp_path / "b", vanilla=first(9), heads=("2-1", "0-1"), scores=scores))
+    assert (found.heads.gone, found.heads.new, found.heads.kept) == (("1-3",), ("0-1",), ("2-1",))
     low, high = found.vanilla_asr.interval
     assert 0.1 < low < 0.2 < 0.6 < high  # around the measured 0.4
     for text, expected in {
@@ -276,8 +262,8 @@ def test_incoherence_over_refusal_and_damage_have_gates_of_their_own(same, tmp_p
 def test_a_model_that_says_nothing_passes_no_gate(same, tmp_path, word):
     mute = audit_run(tmp_path / "b", said=[word] * N, benign=[word] * N, config=settings(weights_sha256="tuned"))
     found = compared(same, mute)
-    conditions = [(name, None, sign, 2.0) for name in known_names(found) for sign in "<>"]
-    gates = [check_gate(condition, found) for condition in conditions]
+    known = [name for name, quantity in quantities(found).items() if quantity["value"] is not None]
+    gates = [check_gate((name, None, sign, 2.0), found) for name in known for sign in "<>"]
     assert {gate["outcome"] for gate in gates} == {FAILED}
     assert f"says nothing: {N} of {N} answers to harmful prompts" in gates[0]["reason"]
     assert (exit_code(found, gates, True), exit_code(found, [])) == (1, 2)
@@ -288,10 +274,6 @@ def test_a_model_that_says_nothing_passes_no_gate(same, tmp_path, word):
     # Refusals say something: a model that refuses all is over-refusing, and is told so by that gate.
     prude = compared(same, audit_run(tmp_path / "c", vanilla=first(0), benign=["refused"] * N))
     assert (prude.says_nothing, outcome(prude, "over_refusal_increase > 0.1")) == ("", FAILED)
-
-
-def known_names(found):
-    return [name for name, quantity in quantities(found).items() if quantity["value"] is not None]
 
 
 def test_answers_without_a_verdict_never_pass_a_gate(same, tmp_path):

@@ -26,16 +26,17 @@ KINDS = {
     **dict.fromkeys(BOTH_SETS, ("demo:aligned_a", "demo")),
 }
 FIELDS = [(kind, field.name) for kind in KINDS for field in fields(kind)]
-ODD = st.one_of(
+# What a file of TOML may hold, and what only a caller gives.
+ODD_TOLD = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(),
-    st.sampled_from([10**20, -1, 0, 10**5000, float("nan"), float("inf"), 1e308, " ", "", "nope", "a\0b", "\ud800"]),
+    st.sampled_from([10**20, -1, 0, 10**400, float("nan"), 1e308, " ", "", "nope", "ua", "a\0b", "a\nb", "\ud800"]),
     st.floats(),
     st.text(),
     st.text(st.characters(categories=["Cs", "Cc"])),
-    st.binary(),
 )
+ODD = st.one_of(ODD_TOLD, st.just(10**5000), st.binary())
 VALUES = st.one_of(
     ODD, st.lists(ODD, max_size=3), st.lists(ODD, max_size=2).map(tuple), st.dictionaries(st.text(), ODD)
 )
@@ -71,37 +72,12 @@ def test_every_number_has_bounds_of_its_own_and_no_number_beyond_them_is_taken()
 
 
 ODD_LINES = (
-    "env",
-    "1/0",
-    "0/9",
-    "9/999999999999999999999",
-    "1/" + "9" * 5000,
-    "H100@0",
-    "9999xH100",
-    "asr_increase > 1e999",
+    *("env", "1/0", "0/9", "9/999999999999999999999", "H100@0", "9999xH100"),
+    *("1/" + "9" * 5000, "asr_increase > 1e999"),
 )
 TOLD = sorted({name for kind, name in FIELDS if kind in (configs.AuditConfig, ReproductionConfig)} | {*AXES, "nope"})
-LINES = (
-    None,
-    True,
-    5,
-    -1,
-    10**400,
-    1e308,
-    float("nan"),
-    "",
-    "nope",
-    "ua",
-    "\ud800",
-    "a\nb",
-    [],
-    {},
-    [5],
-    [{}],
-    [["ua"]],
-)
 TOML = st.recursive(
-    st.one_of(st.sampled_from(LINES), st.text(), st.dates()),
+    st.one_of(ODD_TOLD, st.dates()),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(TOLD), inner, max_size=3)),
     max_leaves=6,
 )

@@ -36,10 +36,6 @@ def names(path):
     return {str(entry.relative_to(path)) for entry in path.rglob("*") if entry.is_file()}
 
 
-def refuse(*arguments):
-    raise AssertionError("computed again what was stored")
-
-
 def in_process(program, path):
     """A Python process in which ``run`` is a started run."""
     start = "import os, sys, time\nfrom safetyheads.runs.directory import RunDirectory\n"
@@ -137,7 +133,7 @@ def test_tensors_are_computed_once_and_read_back_bit_for_bit(tmp_path):
     with started(tmp_path / "run") as run:
         first = run.tensors("ships", FIELDS, lambda: given)
     with started(tmp_path / "run") as run:
-        second = run.tensors("ships", dict(reversed(FIELDS.items())), refuse)
+        second = run.tensors("ships", dict(reversed(FIELDS.items())), pytest.fail)
         for stage, fields in (("angles", FIELDS), ("ships", FIELDS | {"row": 1})):
             assert run.tensors(stage, fields, lambda: {"x": torch.ones(1)}).keys() == {"x"}
     for read in (first, second):
@@ -160,9 +156,9 @@ def test_equal_shards_and_results_have_equal_bytes(tmp_path):
 
 def test_records_are_computed_once_and_keep_their_text(run):
     records = [{"text": "a\u2028b\n</script>é\ud800", "n": 1}, {"text": "", "n": None}]
-    for compute in (lambda: records, refuse):
+    for compute in (lambda: records, pytest.fail):
         assert run.records("asr", FIELDS, compute) == records
-    for compute in (list, refuse):
+    for compute in (list, pytest.fail):
         assert run.records("none", FIELDS, compute) == []
     assert list(run.stored_records()) == records
     with pytest.raises(ValueError, match="no file name"):
@@ -210,8 +206,8 @@ def test_earlier_results_are_read_again_only_where_they_were_written_again(run, 
 def test_a_directory_that_is_removed_at_work_is_not_made_again(run):
     shutil.rmtree(run.path)
     for write in (
-        lambda: run.records("asr", FIELDS, refuse),
-        lambda: run.tensors("ships", FIELDS, refuse),
+        lambda: run.records("asr", FIELDS, pytest.fail),
+        lambda: run.tensors("ships", FIELDS, pytest.fail),
         lambda: run.remember("plan", 1),
         lambda: run.write_results({}),
         lambda: run.add_timings({"seconds": 1}),
@@ -267,16 +263,11 @@ def test_a_failing_disk_is_one_line_and_leaves_no_partial_file(run, tmp_path, mo
     assert not (tmp_path / "new").exists()
 
 
-def forged(run, places):
-    """Seals a list of a finished stage in a stranger's run directory."""
-    run._write_json("stages/asr.json", {"stage": "asr", "files": [[place, 1, "ab"] for place in places]})
-
-
 @pytest.mark.parametrize("place", ["completions/../../mine", "{mine}", "../mine", "mine"])
 def test_no_list_of_files_reaches_out_of_a_strangers_run(tmp_path, place, caplog):
     (mine := tmp_path / "mine").write_text("mine")
     with started(tmp_path / "run") as run:
-        forged(run, [place.format(mine=mine)])
+        run._write_json("stages/asr.json", {"stage": "asr", "files": [[place.format(mine=mine), 1, "ab"]]})
     with started(tmp_path / "run") as run:
         assert list(run.stored_records()) == []
         for outside in ("../mine", str(mine)):
@@ -296,7 +287,7 @@ def test_nothing_is_moved_or_written_through_a_link(tmp_path, folder):
         (file,) = (outside / folder).iterdir()
         (tmp_path / "run" / folder).symlink_to(outside / folder)
         with started(tmp_path / "run") as run, pytest.raises(InputError, match="is a symbolic link"):
-            run.records("asr", FIELDS, refuse)
+            run.records("asr", FIELDS, pytest.fail)
         assert file.exists()
     else:
         (tmp_path / "run" / folder).symlink_to(outside)
@@ -314,7 +305,7 @@ def test_a_damaged_run_lends_nothing_and_stops_no_other(run, tmp_path, caplog):
     with started(tmp_path / "other") as other:
         other.records("asr", FIELDS, lambda: [{"n": 1}])
     run.borrow([tmp_path / "broken", tmp_path / "old", tmp_path / "other"])
-    assert run.records("asr", FIELDS, refuse) == [{"n": 1}]
+    assert run.records("asr", FIELDS, pytest.fail) == [{"n": 1}]
     assert caplog.text.count("Nothing is read from it") == 2
 
 

@@ -91,16 +91,8 @@ def test_70b_is_planned_from_its_config(tmp_path, machine, quantised, gigabytes,
 
 
 def test_plan_counts_rounds_and_writes_nothing(run, run_json, refused, tmp_path):
-    path = config_alone(
-        tmp_path / "tiny",
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        vocab_size=2048,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    out = tmp_path / "run"
+    path, out = tmp_path / "tiny", tmp_path / "run"
+    shutil.copytree(CHECKPOINTS / "aligned_a", path, ignore=shutil.ignore_patterns("*.safetensors"))
     code, _, err = run("plan", 8, "audit", path, "--prompts", "demo", "--machine", "2xH100", "--out", out)
     assert code == 0, err
     assert not out.exists()
@@ -108,5 +100,5 @@ def test_plan_counts_rounds_and_writes_nothing(run, run_json, refused, tmp_path)
     planned = run_json(*audit)
     assert (planned["rounds"], planned["dry_run"]) == (7, True)
     assert "without an adapter" in refused(*audit, "--adapter", "a")
-    (tmp_path / "tiny" / "config.json").write_text("{}")
+    (path / "config.json").write_text("{}")
     refused(*audit)

@@ -87,11 +87,5 @@ def test_a_loss_counts_whatever_another_prompt_gains_and_what_was_lost_to_refusa
     assert (found["lower"], found["upper"]) == one_sided_bounds(2, 3)
     assert gross_loss(before, before)["count"] == 0
     nothing = GroupAnswers.of("", [record(0, behaviour="refused")], "harm")
-    assert gross_loss(nothing, nothing) | {"refused": 0} == {
-        "count": 0,
-        "n": 0,
-        "rate": None,
-        "lower": 0.0,
-        "upper": 1.0,
-        "refused": 0,
-    }
+    found = gross_loss(nothing, nothing)
+    assert [found[name] for name in ("count", "n", "rate", "lower", "upper")] == [0, 0, None, 0.0, 1.0]

@@ -12,7 +12,6 @@ import time
 import tracemalloc
 from collections import Counter
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,8 +29,8 @@ from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
 
 MODEL = "demo:aligned_a"
 SHORT = {"limit": 6, "max_new_tokens": 12, "memory": 1.0}
-AUDIT = AuditConfig(MODEL, "demo", "demo", size=2, n_random=2, anyway=True, damage_tokens=2, **SHORT)
-SCREENED = replace(AUDIT, screen=True, candidates=3, sample=2)
+SCREEN = {"screen": True, "candidates": 3, "sample": 2}
+AUDIT = AuditConfig(MODEL, "demo", "demo", size=2, n_random=2, anyway=True, damage_tokens=2, **SCREEN, **SHORT)
 SCAN = ScanConfig(MODEL, "demo", "demo", prefixes=2, **SHORT)
 BESIDE = ("starts", "timings.json", "set-aside")
 """What differs by nature: dates, seconds, machines."""
@@ -79,9 +78,10 @@ def test_the_command_plans_the_known_units_and_a_shard_of_it_ends_with_3(run, tm
         (run_ships, ShipsConfig(MODEL, "demo", limit=6, memory=1.0)),
         (run_sahara, SaharaConfig(MODEL, "demo", limit=6, size=1, memory=1.0)),
         (run_asr, AsrConfig(MODEL, "demo", groups=("1-3,2-5", "1-3"), query_level=2, **SHORT)),
-        *((run_audit, AUDIT), (run_audit, SCREENED), (run_scan, SCAN)),
+        (run_audit, AUDIT),
+        (run_scan, SCAN),
     ],
-    ids=["ships", "sahara", "asr", "audit", "screened", "scan"],
+    ids=["ships", "sahara", "asr", "audit", "scan"],
 )
 def test_shards_of_one_directory_write_the_bytes_of_one_process(engine, tmp_path, monkeypatch, carry_out, config):
     monkeypatch.setattr(kept_answers, "_LEAST_PROMPTS", 2)  # so that unablated answers have several parts
@@ -90,7 +90,7 @@ def test_shards_of_one_directory_write_the_bytes_of_one_process(engine, tmp_path
     planned = dict(RunDirectory.look(tmp_path / "many").planned())
     assert len(planned.get("unablated", ())) > 4 or carry_out in (run_ships, run_sahara, run_asr)
     assert 1 < n <= carry_out(engine, config, tmp_path / "none", dry_run=True)["rounds"]
-    if config is SCREENED:  # units are the rounds, and what is left with the sample: 5 a step, and not 32
+    if config is AUDIT:  # units are the rounds, and what is left with the sample: 5 a step, and not 32
         reached = RunDirectory.look(tmp_path / "many").planned()
         planned = [(stage, units) for stage, units in reached if "harmful_search" in stage]
         assert any(stage.startswith("screening-") for stage, _ in planned)
@@ -158,23 +158,22 @@ def test_units_go_in_falling_cost_to_the_least_loaded_shard_and_each_shard_compu
     assert not any(map(planner.takes, "abcde"))
 
 
+def task_of_array(**told):
+    return {f"SLURM_ARRAY_TASK_{name}": str(number) for name, number in told.items()}
+
+
 @pytest.mark.parametrize(
     ("text", "environment", "expected"),
     [
         ("3/8", {}, (3, 8)),
         (None, {"RANK": "1", "WORLD_SIZE": "4"}, (1, 1)),
         ("env", {"RANK": "1", "WORLD_SIZE": "4"}, (2, 4)),
-        ("env", {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1"}, (3, 4)),
+        ("env", task_of_array(ID=3, COUNT=4, MIN=1), (3, 4)),
         ("env", {}, "needs a job array"),
         # Only the tasks that were lost were sent again.
         (
             "env",
-            {
-                "SLURM_ARRAY_TASK_ID": "5",
-                "SLURM_ARRAY_TASK_COUNT": "2",
-                "SLURM_ARRAY_TASK_MIN": "1",
-                "SLURM_ARRAY_TASK_MAX": "5",
-            },
+            task_of_array(ID=5, COUNT=2, MIN=1, MAX=5),
             r"has to say --shard I/N itself, such as --shard \$SLURM_ARRAY_TASK_ID/N",
         ),
         ("9/8", {}, "I from 1 to N"),

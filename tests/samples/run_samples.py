@@ -38,13 +38,15 @@ def settings(prompts: str = "same", **changed: Any) -> dict[str, Any]:
     """A config; ``prompts`` stands for their fingerprint."""
     names = [f"{kind}{half}" for kind in ("harmful", "benign") for half in ("_search", "_test", "")]
     shas = {name: f"{prompts} {name}" for name in names}
-    base = {
-        "ablation": "undifferentiated_attention",
-        "epsilon": 1e-5,
-        "template": "chat",
+    base = {"ablation": "undifferentiated_attention", "epsilon": 1e-5, "template": "chat"}
+    base |= {
         "judges": [{"name": "paper"}],
+        "top_k": 1,
+        "seed": 0,
+        "max_new_tokens": 128,
+        "dtype": "float32",
+        "weights_sha256": f"{changed}",
     }
-    base |= {"top_k": 1, "seed": 0, "max_new_tokens": 128, "dtype": "float32", "weights_sha256": f"{changed}"}
     return base | {"prompts_sha256": shas, "references_sha256": shas} | changed
 
 
@@ -127,8 +129,7 @@ def compared_record(before: str | Path, after: str | Path, conditions: Sequence[
     found = compare_runs(RunReader(Path(before)), RunReader(Path(after)))
     gates = [check_gate(parse_condition(text), found) for text in conditions]
     record = {"quantities": quantities(found), "gates": gates, "exit_code": exit_code(found, gates)}
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(found) | record))
-    return plain
+    return json.loads(json.dumps(asdict(found) | record))
 
 
 def scan_run(

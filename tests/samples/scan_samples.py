@@ -79,16 +79,12 @@ def _parts(sample: Sample) -> Iterator[tuple[str, tuple[str, ...], list[str], fl
     yield "heads", sets, HEADS, EPSILON
     if sample.optional:
         random = random_of(sample)
+        drawn = sorted({format_heads(group) for groups in random.values() for group in groups.groups})
         yield "heads", sets[:1], HEADS, 0.5
         yield "groups", sets, ["0-0,1-1"], EPSILON
         yield "pairs", sets, [",".join(pair) for pair in combinations(("0-1", "1-2", "1-3"), 2)], EPSILON
         yield "prefixes", sets, list(random), EPSILON
-        yield (
-            "random",
-            sets[:1],
-            sorted({format_heads(one) for drawn in random.values() for one in drawn.groups}),
-            EPSILON,
-        )
+        yield "random", sets[:1], drawn, EPSILON
         yield "query_level", sets[:1], ["0-1", "0-1,1-2"], EPSILON
 
 
@@ -113,14 +109,10 @@ def _row(sample: Sample, place: dict[str, Any]) -> dict[str, Any]:
         judge["name"]: {"label": own, "reason": REASONS[own][number]}
         for number, (judge, own) in enumerate(zip(JUDGES, labels, strict=False))
     }
-    marks = {
-        "finished": label != "refused",
-        "complete": label != "refused",
-        "behaviour": label,
-        "answered": label == "complied",
-    }
-    marks |= {"route": "drafted" if label == vanilla else "continued", "changed": label != vanilla}
-    made = {**place, "first_token": [7], "n_tokens": 5, **marks, "verdicts": verdicts}
+    whole, route = label != "refused", "drafted" if label == vanilla else "continued"
+    marks = {"finished": whole, "complete": whole, "behaviour": label, "answered": label == "complied"}
+    marks |= {"route": route, "changed": label != vanilla, "first_token": [7], "n_tokens": 5}
+    made = {**place, **marks, "verdicts": verdicts}
     if sample.texts:
         text = TEXTS[label] + sample.text
         made |= {"query": f"Explain how to smash a lamp, take {at}.", "text": text, "token_ids": [7] * 5}
