@@ -50,14 +50,11 @@ def test_prompts_say_under_which_heads_they_fall_and_hide_their_texts() -> None:
 def test_texts_are_there_once_where_asked_for_within_their_room() -> None:
     unablated, ablated = {"harmful": rows("rr")}, {"0-1": {"harmful": rows("cr")}, "0-2": {"harmful": rows("cc")}}
     hidden = answers_data(unablated, ablated, ["paper"])
-    assert hidden is not None
     assert not {"texts", "queries"} & set(hidden)
     shown = answers_data(unablated, ablated, ["paper"], ("", "0-1"))
-    assert shown is not None
     assert shown["texts"] == {"": {"harmful": {0: "refused", 1: "refused"}}, "0-1": {"harmful": {0: "complied"}}}
     assert shown["queries"] == {"harmful": {0: "q0", 1: "q1"}}
     assert shown["categories"] == {"harmful": ["a", "b"]}
     tight = answers_data(unablated, ablated, ["paper"], ("", "0-1"), text_room=40)
-    assert tight is not None
     assert (tight["queries"], tight["n_texts_left_out"]) == ({"harmful": {0: "q0"}}, 3)
     assert answers_data({"harmful": []}, {}, ["paper"]) is None

@@ -27,7 +27,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="browser tests need Chromium on the path")
 EXPERIMENTS = ("index", "fig2", "fig4b", "fig7", "table1", "transfer", "epsilon")
 STEPS = ("ships", "sahara", "asr")
-NAMES = ("audit", "large", "no_refusals", "scan", "seeds", "compare", "whole_history", *STEPS, *EXPERIMENTS)
+NAMES = ("audit", "large", "no_refusals", "scan", "compare", "whole_history", *STEPS, *EXPERIMENTS)
 SMALL: dict[str, Any] = {"model": "demo:aligned_a", "prompts": "demo", "limit": 8}
 MODES = (("light", 1400), ("dark", 390))
 FAULTS = Path(__file__).with_name("faults.js").read_text()
@@ -54,12 +54,10 @@ def reports(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> dict[st
         "attacked": audit_samples.attacked(payload)[0],
         "large": audit_samples.audit(32, 32),
         "deep": audit_samples.audit(30, 9),
-        "largest": audit_samples.audit(80, 64),
         "no_refusals": audit_samples.no_refusals(),
     }
     runs = {name: audit_samples.finished_run(folder / name, made) for name, made in audits.items()}
     runs["scan"] = scan_samples.finished_run(folder / "scan", Sample(text=audit_samples.HOSTILE))
-    runs["seeds"] = scan_samples.finished_run(folder / "seeds", Sample(n_seeds=2))
     written = {name: write_report(run, show_completions=name == "scan")[0] for name, run in runs.items()}
     compared = compared_record(
         audit_run(folder / "a"), audit_run(folder / "b", vanilla=first(9), config=settings(seed=3))
@@ -145,7 +143,7 @@ def test_a_printed_page_has_few_pages_and_a_chart_is_saved_as_a_picture(show: An
     assert complaints == []
 
 
-@pytest.mark.parametrize("name", ["deep", "large", "largest"])
+@pytest.mark.parametrize("name", ["deep", "large"])
 def test_a_map_of_heads_is_of_squares(show: Any, name: str) -> None:
     for width in (1400, 400):
         page, _ = show(name, width=width)

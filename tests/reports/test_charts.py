@@ -24,14 +24,6 @@ def figure_of(kind: str, points: list[dict[str, Any]], **changed: Any) -> dict[s
     return about | {"kind": kind, "points": points} | changed
 
 
-def spec_of(kind: str, points: list[dict[str, Any]], **changed: Any) -> dict[str, Any]:
-    return draw(figure_of(kind, points, **changed)) or {}
-
-
-def layers_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    return list(spec.get("spec", spec)["layer"])
-
-
 def without_names(value: Any) -> Any:
     if isinstance(value, dict):
         names = ("datasets", "domain", "sort", "values", "title", "description")
@@ -45,7 +37,7 @@ def test_every_figure_fits_the_schema_and_has_its_points_and_titles(figure: dict
     assert len(spec["datasets"]["rows"]) == len(figure["points"])
     panels = {point.get("panel") or "" for point in figure["points"]}
     assert ("facet" in spec) == (len(panels) > 1)
-    for layer in layers_of(spec):
+    for layer in spec.get("spec", spec)["layer"]:
         titles = [layer["encoding"][name]["title"] for name in ("x", "y") if name in layer["encoding"]]
         assert titles
         assert all(titles)
@@ -65,7 +57,7 @@ def test_every_kind_is_drawn_from_one_point(kind: str) -> None:
         "matrix": {"x": "a", "y": "b", "value": None},
         "attention": {"query": 0, "key": 0, "query_token": "a", "key_token": "a", "value": 1.0},
     }.get(kind, usual)
-    alt.Chart.from_dict(spec_of(kind, [point], share=False), validate=True)
+    alt.Chart.from_dict(draw(figure_of(kind, [point], share=False)), validate=True)
     assert draw(figure_of(kind, [])) is None
 
 

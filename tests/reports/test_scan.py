@@ -38,16 +38,12 @@ def scanned(sample: Sample) -> str:
 
 
 def results_of(sample: Sample) -> dict[str, Any]:
-    made: dict[str, Any] = json.loads(scanned(sample))
-    return made
-
-
-def page(sample: Sample, show_texts: bool = False) -> Page:
-    return Page(render_scan(results_of(sample), MANIFEST, scan_samples.rows(sample), show_texts))
+    return json.loads(scanned(sample))
 
 
 def sample_page(name: str) -> Page:
-    return page(SAMPLES[name])
+    sample = SAMPLES[name]
+    return Page(render_scan(results_of(sample), MANIFEST, scan_samples.rows(sample), False))
 
 
 def test_the_map_marks_what_differs() -> None:
@@ -66,7 +62,6 @@ def test_the_answers_in_short_are_the_answers(name: str) -> None:
     rows = scan_samples.rows(sample)
     judges = [judge["name"] for judge in scan_samples.JUDGES[: sample.n_judges]]
     made = shown_answers(results_of(sample), rows, show_texts=False)["answers"]
-    assert made is not None
     assert (made["n_left_out"], len(made["groups"])) == (0, 9)
     for kind in SETS if sample.benign else SETS[:1]:
         for head in made["groups"]:
@@ -84,7 +79,6 @@ def test_the_answers_in_short_are_the_answers(name: str) -> None:
                 assert list(map(bool, state[2 * len(judges) :])) == [row["changed"], row["complete"]]
     # Heads without room are counted.
     made = shown_answers(results_of(sample), rows, show_texts=False, room=300)["answers"]
-    assert made is not None
     assert 1 <= len(made["groups"]) < 9
     assert len(made["groups"]) + made["n_left_out"] == 9
     assert all(set(own) <= set(made["groups"]) for own in made["others"].values())

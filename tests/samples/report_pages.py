@@ -62,8 +62,7 @@ class Page(HTMLParser):
 
     @property
     def charts(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.scripts["chart-specs"])
-        return found
+        return json.loads(self.scripts["chart-specs"])
 
     def tags(self, name: str) -> list[dict[str, str | None]]:
         return [attributes for tag, attributes in self.elements if tag == name]
