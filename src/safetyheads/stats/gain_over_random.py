@@ -128,7 +128,7 @@ def _crossed_interval(
     n, n_clusters = len(found), int(place.max()) + 1
 
     spread = n_clusters / (n_clusters - 1) / n**2
-    sides = _by_cluster(np.array([found - found.mean(), random - random.mean()]), place)
+    sides = [np.bincount(place, side - side.mean()) for side in (found, random)]
     of_found, covariance, of_prompts = (float(sides[i] @ sides[j]) * spread for i, j in ((0, 0), (0, 1), (1, 1)))
     of_groups, least_groups = _variance_of_groups(kept, place)
     whole = of_prompts + of_groups
@@ -140,11 +140,6 @@ def _crossed_interval(
     random_bounds = _share_interval(control, whole, freedom, n_clusters)
     scale = math.sqrt(of_found * whole)
     return square_and_add(area, bounds, control, random_bounds, covariance / scale if scale > 0 else 0.0)
-
-
-def _by_cluster(values: FloatArray, place: NDArray[np.intp]) -> FloatArray:
-    """Sums over the prompts of each cluster [n_rows, n_clusters]."""
-    return np.array([np.bincount(place, row) for row in np.atleast_2d(values)])
 
 
 def _variance_of_groups(kept: Sequence[SizeOutcome], place: NDArray[np.intp]) -> tuple[float, int]:
@@ -159,7 +154,8 @@ def _variance_of_groups(kept: Sequence[SizeOutcome], place: NDArray[np.intp]) ->
             continue
         values = np.asarray(outcome.random, dtype=float)
         n_groups, means = len(values), values.mean(axis=1)
-        residual = _by_cluster(values - means[:, None] - values.mean(axis=0) + values.mean(), place)
+        apart = values - means[:, None] - values.mean(axis=0) + values.mean()
+        residual = np.array([np.bincount(place, row) for row in apart])
         own = float((residual**2).sum()) * spread / (n_groups - 1) / n_groups
         drawn = 1 - n_groups / outcome.n_possible if outcome.n_possible else 1.0
         between = float(means.var(ddof=1)) / n_groups

@@ -44,14 +44,12 @@ def resampled(
     generator = np.random.default_rng(seed)
     member = places_of(n, clusters)
     n_clusters = int(member.max()) + 1
-    if size is not None or strata is None:
-        drawn = generator.multinomial(size or n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_draws)
-    else:
-        layer_of = [strata[int((member == at).argmax())] for at in range(n_clusters)]
-        drawn = np.zeros((n_draws, n_clusters), dtype=np.int64)
-        for layer in dict.fromkeys(layer_of):
-            inside = [at for at in range(n_clusters) if layer_of[at] == layer]
-            drawn[:, inside] = generator.multinomial(len(inside), np.full(len(inside), 1 / len(inside)), size=n_draws)
+    layer_of = [None if strata is None else strata[int((member == at).argmax())] for at in range(n_clusters)]
+    drawn = np.zeros((n_draws, n_clusters), dtype=np.int64)
+    for layer in dict.fromkeys(layer_of):
+        inside = [at for at in range(n_clusters) if layer_of[at] == layer]
+        even = np.full(len(inside), 1 / len(inside))
+        drawn[:, inside] = generator.multinomial(size or len(inside), even, size=n_draws)
     weights = drawn[:, member].astype(float)
     shares: FloatArray = weights / weights.sum(axis=1, keepdims=True)
     return shares
