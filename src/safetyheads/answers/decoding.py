@@ -12,6 +12,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, MutableSet, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice
 from numbers import Real
 from pathlib import Path
@@ -192,9 +193,6 @@ def answer(
     def length(index: int) -> int:
         return len(requests[index].token_ids) + len(requests[index].begun)
 
-    def run(batch: Sequence[Request]) -> list[Answer]:
-        return _Batch(engine, batch, ablation, decoding).run()
-
     def key(batch: Sequence[Request]) -> str:
         asked = [(request.token_ids, request.group, request.begun) for request in batch]
         return hashlib.sha256(repr((asked, ablation, decoding)).encode()).hexdigest()
@@ -203,10 +201,10 @@ def answer(
     # equal length where padding is not exact.
     order = sorted(range(len(requests)), key=length)
     alike = [order] if engine.capabilities.pads else [list(same) for _, same in groupby(order, key=length)]
-    answers: dict[int, Answer] = {}
+    answers, decode = dict[int, Answer](), partial(_decoded, engine, ablation, decoding)
     for indices in (same[at : at + n_rows] for same in alike for at in range(0, len(same), n_rows)):
         waiting = iter(indices)
-        for part, decoded in halving([requests[index] for index in indices], run, halved, key):
+        for part, decoded in halving([requests[index] for index in indices], decode, halved, key):
             answers |= zip(islice(waiting, len(part)), decoded, strict=True)
             if on_rows is not None:
                 on_rows(len(decoded))
@@ -283,78 +281,73 @@ def row_bytes(engine: Engine, longest: int) -> int:
     return width * engine.dtype.itemsize * longest + 8 * facts.vocabulary_size
 
 
-class _Batch:
-    def __init__(self, engine: Engine, requests: Sequence[Request], ablation: Ablation, decoding: Decoding) -> None:
-        self.engine, self.requests, self.ablation, self.sampling = engine, requests, ablation, decoding.sampling
-        context = engine.architecture.context_length or 1 << 60
-        self.limits = [min(decoding.max_new_tokens, context - len(request.token_ids)) for request in requests]
-        self.tokens = [list(request.begun) for request in requests]
-        self.margins: list[list[float]] = [[] for _ in requests]
-        self.finished, self.stopped = [False] * len(requests), [False] * len(requests)
-        self.noise_keys = [noise_key(request.token_ids) for request in requests]
-        self.ends = end_tokens(engine)
+class _Row:
+    """An answer while it is decoded."""
 
-    @torch.inference_mode()
-    def run(self) -> list[Answer]:
-        """Decode until every row has ended."""
-        engine, turns = self.engine, self.engine.architecture.turns
-        # Padding is masked, so any token will do; but the model may have no embedding for an end token.
-        pad = next(iter(self.ends), 0)
-        pad = pad if pad < engine.n_embedded else 0
-        open_rows = [row for row in range(len(self.requests)) if self._is_open(row)]
-        rows: list[int] = []
-        turned = True
-        while open_rows:
-            if turned:
-                # Past such a length, families place all tokens differently: the cache of shorter rows is invalid.
-                read = [(*self.requests[row].token_ids, *self.tokens[row]) for row in open_rows]
-                ids, mask, positions = left_padded(read, pad, engine.device).values()
-                cache, turned = DynamicCache(config=engine.model.config), False
-            else:
-                kept = torch.tensor([rows.index(row) for row in open_rows], device=engine.device)
-                # Reordered, not selected: layers that hold a state instead of keys support only reordering.
-                cache.reorder_cache(kept)
-                ids, mask, positions = ids[kept], mask[kept], positions[kept]
-            rows = open_rows
-            with engine.ablated_rows([self.requests[row].group for row in rows], self.ablation) as model:
-                # Ended rows stay in the batch until half of it has ended: removing rows copies the cache.
-                while len(open_rows) * 2 > len(rows) and not turned:
-                    output = model(
-                        input_ids=ids,
-                        attention_mask=mask,
-                        position_ids=positions,
-                        past_key_values=cache,
-                        use_cache=True,
-                        logits_to_keep=1,
-                    )
-                    places = [
-                        (self.noise_keys[row], len(self.tokens[row])) if self._is_open(row) else None for row in rows
-                    ]
-                    tokens, margins = choose(output.logits[:, -1].float(), places, self.sampling)
-                    self._append(tokens, margins, rows)
-                    open_rows = [row for row in rows if self._is_open(row)]
-                    ids, positions = tokens[:, None], positions[:, -1:] + 1
-                    mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-                    turned = mask.shape[1] - 1 in turns
-        ended = zip(self.tokens, self.finished, self.limits, self.margins, strict=True)
-        return [Answer(tuple(tokens), finished, limit, tuple(margins)) for tokens, finished, limit, margins in ended]
+    def __init__(self, request: Request, limit: int) -> None:
+        self.request, self.limit = request, limit
+        self.tokens, self.margins = list(request.begun), list[float]()
+        self.finished = self.stopped = False
+        self.noise_key = noise_key(request.token_ids)
 
-    def _is_open(self, row: int) -> bool:
-        return not self.finished[row] and not self.stopped[row] and len(self.tokens[row]) < self.limits[row]
+    @property
+    def is_open(self) -> bool:
+        return not self.finished and not self.stopped and len(self.tokens) < self.limit
 
-    def _append(self, tokens: Tensor, margins: Tensor, rows: Sequence[int]) -> None:
-        for token, margin, row in zip(tokens.tolist(), margins.tolist(), rows, strict=True):
-            if not self._is_open(row):
-                continue
-            if math.isnan(margin):
-                raise SafetyheadsError(OVERFLOWS.format("an answer's logit"))
-            self.margins[row].append(margin)
-            if token in self.ends:
-                self.finished[row] = True
-                continue
-            self.tokens[row].append(token)
-            stop = self.requests[row].stop
-            self.stopped[row] = stop is not None and stop(self.tokens[row])
+    def append(self, token: int, margin: float, ends: frozenset[int]) -> None:
+        if math.isnan(margin):
+            raise SafetyheadsError(OVERFLOWS.format("an answer's logit"))
+        self.margins.append(margin)
+        self.finished = token in ends
+        if not self.finished:
+            self.tokens.append(token)
+            self.stopped = self.request.stop is not None and self.request.stop(self.tokens)
+
+
+@torch.inference_mode()
+def _decoded(engine: Engine, ablation: Ablation, decoding: Decoding, requests: Sequence[Request]) -> list[Answer]:
+    """The answers to one batch, decoded until every row has ended."""
+    context, ends = engine.architecture.context_length or 1 << 60, end_tokens(engine)
+    rows = [_Row(request, min(decoding.max_new_tokens, context - len(request.token_ids))) for request in requests]
+    # Padding is masked, so any token will do; but the model may have no embedding for an end token.
+    pad = next(iter(ends), 0)
+    pad = pad if pad < engine.n_embedded else 0
+    left = [row for row in rows if row.is_open]
+    batch: list[_Row] = []
+    turned = True
+    while left:
+        if turned:
+            # Past such a length, families place all tokens differently: the cache of shorter rows is invalid.
+            read = [(*row.request.token_ids, *row.tokens) for row in left]
+            ids, mask, positions = left_padded(read, pad, engine.device).values()
+            cache, turned = DynamicCache(config=engine.model.config), False
+        else:
+            kept = torch.tensor([batch.index(row) for row in left], device=engine.device)
+            # Reordered, not selected: layers that hold a state instead of keys support only reordering.
+            cache.reorder_cache(kept)
+            ids, mask, positions = ids[kept], mask[kept], positions[kept]
+        batch = left
+        with engine.ablated_rows([row.request.group for row in batch], ablation) as model:
+            # Ended rows stay in the batch until half of it has ended: removing rows copies the cache.
+            while len(left) * 2 > len(batch) and not turned:
+                output = model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                places = [(row.noise_key, len(row.tokens)) if row.is_open else None for row in batch]
+                tokens, margins = choose(output.logits[:, -1].float(), places, decoding.sampling)
+                for row, token, margin in zip(batch, tokens.tolist(), margins.tolist(), strict=True):
+                    if row.is_open:
+                        row.append(token, margin, ends)
+                left = [row for row in batch if row.is_open]
+                ids, positions = tokens[:, None], positions[:, -1:] + 1
+                mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
+                turned = mask.shape[1] - 1 in engine.architecture.turns
+    return [Answer(tuple(row.tokens), row.finished, row.limit, tuple(row.margins)) for row in rows]
 
 
 def noise_key(token_ids: Sequence[int]) -> int:

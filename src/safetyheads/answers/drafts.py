@@ -24,6 +24,7 @@ from safetyheads.answers.decoding import (
     Answer,
     Decoding,
     Request,
+    Route,
     Sampling,
     ShortContextWarning,
     Stop,
@@ -265,7 +266,7 @@ class VerifiedDrafts:
 
         Every prompt has the same groups, and one pass compares all; ``apart``, each has a pass for groups of its own.
         """
-        groups: dict[int, list[Group]] = {}
+        on_rows, groups = on_rows or (lambda _: None), dict[int, list[Group]]()
         for prompt, group in places:
             groups.setdefault(prompt, []).append(group)
         drafted = [prompt for prompt in groups if prompt in self.draft_of]
@@ -277,23 +278,23 @@ class VerifiedDrafts:
                 drafts = DraftPass(self.engine, own, self.ablation, self.decoding.sampling, halved=self.halved)
             found, cost = self._compared(drafts, prompts, groups[prompts[0]], on_rows)
             compared, tokens = compared | found, tokens + cost
-        _report(on_rows, sum(prompt not in self.draft_of for prompt, _ in places))
+        on_rows(sum(prompt not in self.draft_of for prompt, _ in places))
         rows = [(prompt, group, compared.get((prompt, group), _NO_ROOM)) for prompt, group in places]
         answers, economy = self._finished(rows, on_rows)
         return answers, economy + Economy(tokens_computed=tokens)
 
     def _compared(
-        self, drafts: DraftPass, prompts: Sequence[int], groups: Sequence[Group], on_rows: OnRows
+        self, drafts: DraftPass, prompts: Sequence[int], groups: Sequence[Group], on_rows: Callable[[int], None]
     ) -> tuple[dict[tuple[int, Group], Compared], float]:
         def report(choices: Sequence[Compared]) -> None:
             settled = (self._settled(*row) for row in zip(prompts, choices, strict=True))
-            _report(on_rows, sum(decoded is not None for decoded in settled))
+            on_rows(sum(decoded is not None for decoded in settled))
 
         compared, tokens = drafts.compare(groups, report)
         rows = ((group, dict(zip(prompts, row, strict=True))) for group, row in zip(groups, compared, strict=True))
         return {(prompt, group): choice for group, row in rows for prompt, choice in row.items()}, tokens
 
-    def _finished(self, rows: Sequence[_Row], on_rows: OnRows) -> tuple[list[Answer], Economy]:
+    def _finished(self, rows: Sequence[_Row], on_rows: Callable[[int], None]) -> tuple[list[Answer], Economy]:
         settled = {
             at: decoded
             for at, (prompt, _, compared) in enumerate(rows)
@@ -306,18 +307,17 @@ class VerifiedDrafts:
         def cost(at: int, decoded: Answer) -> int:
             return len(self.encoded[rows[at][0]]) + len(decoded.token_ids)
 
+        by_route: dict[Route, list[int]] = {"continued": differing, "plain": near_ties}
         tokens = 0.0
-        for at, decoded in zip(differing, self._decoded([rows[at] for at in differing], continues=True), strict=True):
-            tokens += cost(at, decoded)
-            if any(self._is_close(margin) for margin in decoded.margins):
-                near_ties.append(at)
-            else:
-                settled[at] = replace(decoded, route="continued", changed=True)
-                _report(on_rows, 1)
-        for at, decoded in zip(near_ties, self._decoded([rows[at] for at in near_ties], continues=False), strict=True):
-            tokens += cost(at, decoded)
-            settled[at] = replace(decoded, changed=decoded.differs_from(self.unablated[rows[at][0]]))
-            _report(on_rows, 1)
+        for route, waiting in by_route.items():
+            for at, decoded in zip(waiting, self._decoded([rows[at] for at in waiting], route), strict=True):
+                tokens += cost(at, decoded)
+                if route == "continued" and any(map(self._is_close, decoded.margins)):
+                    near_ties.append(at)
+                else:
+                    changed = decoded.differs_from(self.unablated[rows[at][0]])
+                    settled[at] = replace(decoded, route=route, changed=changed)
+                    on_rows(1)
         answers = [settled[at] for at in range(len(rows))]
         plain = sum(cost(at, decoded) for at, decoded in enumerate(answers) if rows[at][2] is not _NO_ROOM)
         routes = [decoded.route for decoded in answers]
@@ -347,10 +347,10 @@ class VerifiedDrafts:
             return Answer(begun, False, unablated.limit, route="continued", changed=True)
         return None
 
-    def _decoded(self, rows: Sequence[_Row], continues: bool) -> tuple[Answer, ...]:
+    def _decoded(self, rows: Sequence[_Row], route: Route) -> tuple[Answer, ...]:
+        begun = self._begun if route == "continued" else lambda *_: ()
         requests = [
-            Request(self.encoded[prompt], group, self._begun(prompt, compared) if continues else (), self.stop)
-            for prompt, group, compared in rows
+            Request(self.encoded[prompt], group, begun(prompt, compared), self.stop) for prompt, group, compared in rows
         ]
         with warnings.catch_warnings():
             # The unablated answers have warned already, with the numbers of the whole set.
@@ -396,8 +396,3 @@ def unablated_answers(
     requests = [Request(tuple(token_ids), stop=stop) for token_ids in encoded]
     answers = answer(engine, requests, decoding, n_rows=n_rows, halved=halved)
     return tuple(replace(decoded, changed=False) for decoded in answers)
-
-
-def _report(on_rows: OnRows, count: int) -> None:
-    if on_rows is not None and count:
-        on_rows(count)
