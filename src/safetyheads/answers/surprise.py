@@ -7,6 +7,7 @@ prompt's answer or loops longer than the rules look for, is unlikely to the mode
 import hashlib
 from collections.abc import Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import TypeAlias
 
 import numpy as np
@@ -60,19 +61,13 @@ class Surprises:
 
         Each has the number of its prompt, its tokens, and how many of them are a think block, which is not counted.
         """
-        new = {
-            (number, token_ids): n
-            for number, token_ids, n in answers
-            if answer_key(number, token_ids) not in self.known
-        }
+        measurable = {answer_key(number, ids): (number, ids, n) for number, ids, n in answers if len(ids) > n + 1}
         # Answers to one prompt share a row, behind the prompt.
-        keys = sorted((key for key, n_thought in new.items() if len(key[1]) > n_thought + 1), key=lambda key: key[0])
-        sequences = [
-            TokenSequence(self.prompts[number] + token_ids[:-1], len(token_ids) - new[number, token_ids] - 1)
-            for number, token_ids in keys
-        ]
-        values = surprises_of(self.engine, sequences, [key[1][new[key] + 1 :] for key in keys], self.n_tokens)
-        self.known.update(zip((answer_key(*key) for key in keys), values, strict=True))
+        keys = sorted((key for key in measurable if key not in self.known), key=itemgetter(0))
+        new = [measurable[key] for key in keys]
+        sequences = [TokenSequence(self.prompts[number] + ids[:-1], len(ids) - n - 1) for number, ids, n in new]
+        values = surprises_of(self.engine, sequences, [ids[n + 1 :] for _, ids, n in new], self.n_tokens)
+        self.known.update(zip(keys, values, strict=True))
 
 
 def row_tokens(engine: Engine) -> int:
