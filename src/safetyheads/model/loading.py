@@ -650,8 +650,7 @@ def find_adapter(name: str, allow_pickle: bool = False, revision: str | None = N
     settings = {name: value for name, value in config.items() if name not in _WHEREABOUTS}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     with weights.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
+        hashlib.file_digest(file, lambda: digest)
     return Adapter(name, directory, config, digest.hexdigest())
 
 
