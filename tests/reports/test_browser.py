@@ -13,13 +13,10 @@ import scan_samples
 from run_samples import audit_run, compared_record, first, settings
 from scan_samples import Sample
 
-from safetyheads import Engine
 from safetyheads.reports.compare import write_comparison
 from safetyheads.reports.write import write_history, write_report
-from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.history import read_history
-from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
 
 playwright = pytest.importorskip("playwright.sync_api", reason="browser tests need playwright: pip install playwright")
 
@@ -28,7 +25,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="browser tests need Chr
 EXPERIMENTS = ("index", "fig2", "fig4b", "fig7", "table1", "transfer", "epsilon")
 STEPS = ("ships", "sahara", "asr")
 NAMES = ("audit", "large", "no_refusals", "scan", "compare", "whole_history", *STEPS, *EXPERIMENTS)
-SMALL: dict[str, Any] = {"model": "demo:aligned_a", "prompts": "demo", "limit": 8}
 MODES = (("light", 1400), ("dark", 390))
 FAULTS = Path(__file__).with_name("faults.js").read_text()
 
@@ -43,7 +39,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> dict[str, Path]:
+def reports(tmp_path_factory: pytest.TempPathFactory, steps: Path) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("reports")
     payload = f'"\'><script>window.ran = 1</script><img src=x onerror="window.ran = 1">{"W" * 2000}{"9" * 500}-1'
     hostile = audit_samples.audit()
@@ -63,10 +59,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> dict[st
         audit_run(folder / "a"), audit_run(folder / "b", vanilla=first(9), config=settings(seed=3))
     )
     written["compare"] = write_comparison(compared, folder / "compared")
-    run_asr(engine, AsrConfig(**SMALL, groups=("1-3,2-5", "1-3")), folder / "asr")
-    run_ships(engine, ShipsConfig(**SMALL, screen=True, candidates=6, sample=4), folder / "ships")
-    run_sahara(engine, SaharaConfig(**SMALL, size=2), folder / "sahara")
-    written |= {name: write_report(RunDirectory.open(folder / name), show_completions=True)[0] for name in STEPS}
+    written |= {name: write_report(RunDirectory.open(steps / name), show_completions=True)[0] for name in STEPS}
     history = read_history(folder)
     written["whole_history"] = write_history(history)[0].rename(folder / "whole_history.html")
     for entry in history["runs"]:

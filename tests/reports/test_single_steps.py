@@ -6,28 +6,13 @@ from pathlib import Path
 import pytest
 from report_pages import Page, check_closed, check_tables
 
-from safetyheads import Engine, InputError, compare, read_run
+from safetyheads import InputError, compare, read_run
 from safetyheads.reports.write import write_report
-from safetyheads.runs.config import AsrConfig, SaharaConfig, ShipsConfig
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
-
-MODEL = {"model": "demo:aligned_a", "prompts": "demo", "limit": 12}
-SCREEN = {"screen": True, "candidates": 6, "sample": 4}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    run_ships(engine, ShipsConfig(**MODEL, **SCREEN), folder / "ships")
-    run_sahara(engine, SaharaConfig(**MODEL, **SCREEN, score="refusal_score", size=2), folder / "sahara")
-    asr = AsrConfig(**MODEL, groups=("1-3,2-5", "1-3"), query_level=1, judges=("phrases", "paper"), max_new_tokens=16)
-    run_asr(engine, asr, folder / "asr")
-    return folder
-
-
-def test_a_page_of_rates_holds_answers_only_where_they_are_asked_for(runs: Path) -> None:
-    run = RunDirectory.open(runs / "asr")
+def test_a_page_of_rates_holds_answers_only_where_they_are_asked_for(steps: Path) -> None:
+    run = RunDirectory.open(steps / "asr")
     texts = {row["text"] for row in run.stored_records("groups-harmful") if "text" in row}
     plain, shown = (write_report(run, show_completions=show)[0].read_text() for show in (False, True))
     found = json.loads(Page(shown).scripts["answers-data"])
@@ -37,8 +22,8 @@ def test_a_page_of_rates_holds_answers_only_where_they_are_asked_for(runs: Path)
     assert not any(text in plain for text in texts)
 
 
-def test_a_finished_step_is_read_as_a_table(runs: Path) -> None:
-    read = {kind: read_run(runs / kind) for kind in ("asr", "ships", "sahara")}
+def test_a_finished_step_is_read_as_a_table(steps: Path) -> None:
+    read = {kind: read_run(steps / kind) for kind in ("asr", "ships", "sahara")}
     assert [row["heads"] for row in read["asr"].to_rows()] == ["none", "1-3, 2-5", "1-3", "each prompt's top 1"]
     assert {run.metrics()["n"] for run in read.values()} == {12}
     best = read["ships"].results["heads"][0]
@@ -50,14 +35,14 @@ def test_a_finished_step_is_read_as_a_table(runs: Path) -> None:
         read["asr"].plot()
     assert [row["chosen"] for row in read["sahara"].to_frame().to_dict("records")] == read["sahara"].results["group"]
     with pytest.raises(InputError, match="is a run of ships; audits and scans"):
-        compare(runs / "ships", runs / "ships")
+        compare(steps / "ships", steps / "ships")
 
 
 @pytest.mark.parametrize(
     ("kind", "charts"), [("ships", {"heatmap_mean_ships", "long_tail"}), ("sahara", {"by_size"}), ("asr", {"rates"})]
 )
-def test_a_page_is_whole(runs: Path, kind: str, charts: set[str]) -> None:
-    page = Page(write_report(RunDirectory.open(runs / kind))[0].read_text())
+def test_a_page_is_whole(steps: Path, kind: str, charts: set[str]) -> None:
+    page = Page(write_report(RunDirectory.open(steps / kind))[0].read_text())
     check_closed(page)
     check_tables(page)
     assert set(page.charts) == charts
