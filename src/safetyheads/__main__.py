@@ -1,5 +1,17 @@
-"""Lets ``python -m safetyheads`` be the command line."""
+"""The entry of the command line: ``safetyheads`` and ``python -m safetyheads``."""
 
-from safetyheads.cli.app import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run a command and end the process; an interrupt while modules are imported is one line too."""
+    try:
+        from safetyheads.cli.app import main as run
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing was begun\n")
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()

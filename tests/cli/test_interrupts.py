@@ -3,12 +3,15 @@
 import os
 import signal
 import socket
+import sys
 import threading
+from unittest.mock import MagicMock
 
 import pytest
 from run_samples import audit_run
 from scan_samples import Sample, finished_run
 
+from safetyheads import __main__ as entry
 from safetyheads.cli.app import app
 from safetyheads.model.engine import Engine
 from safetyheads.runs.directory import RunDirectory
@@ -65,6 +68,30 @@ def test_an_interrupted_command_says_so_in_one_line(run, monkeypatch, tmp_path, 
         assert (ended, out, "Traceback" in err) == (code, "", False)
         assert err.splitlines()[-1].endswith("; start it again with the same command to continue")
         assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_ctrl_c_is_the_usual_end_of_a_server_and_sigterm_is_not(run, monkeypatch, sent, code):
+    def interrupted():
+        os.kill(os.getpid(), sent)
+        raise AssertionError("the signal did not come")
+
+    served = MagicMock()
+    served.serve_forever = interrupted
+    served.__exit__.return_value = False
+    monkeypatch.setattr("safetyheads.reports.view.server", lambda *_: (served, "http://127.0.0.1:1/token/"))
+    assert run("view", ".")[0] == code
+
+
+def test_an_interrupt_while_modules_are_imported_is_one_line(monkeypatch, capsys):
+    class Interrupted:
+        def __getattr__(self, _):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "safetyheads.cli.app", Interrupted())
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted; nothing was begun\n")
 
 
 @pytest.mark.parametrize(("sent", "code", "word"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])

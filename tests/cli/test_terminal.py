@@ -5,7 +5,7 @@ import logging
 import shutil
 import sys
 import warnings
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 
 import pytest
 from rich.panel import Panel
@@ -14,7 +14,7 @@ from rich.text import Text
 from run_samples import audit_run, settings
 
 from safetyheads.cli import show
-from safetyheads.cli.terminal import Terminal, terminal_text
+from safetyheads.cli.terminal import Terminal, escaped_streams, terminal_text
 from safetyheads.reports.tables import Cell, Column
 from safetyheads.reports.tables import Table as Shown
 from safetyheads.runs.directory import RunDirectory
@@ -40,6 +40,18 @@ def test_what_is_obeyed_is_shown_and_the_rest_is_left():
     plain = "naïve – 日本語 ✓ 👍🏽\u00a0x\ty\nz"
     assert terminal_text(plain) == plain
     assert terminal_text("a\nb", newlines=False) == r"a\nb"
+
+
+def test_a_stream_without_the_characters_gets_them_escaped_and_a_closed_one_nothing(monkeypatch):
+    ascii_only = TextIOWrapper(BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    monkeypatch.setattr(sys, "stderr", None)
+    with escaped_streams():
+        sys.stdout.write("1 – 2")
+        sys.stdout.flush()
+        assert not sys.stderr.isatty()
+        sys.stderr.write("nobody hears")
+    assert (ascii_only.buffer.getvalue(), sys.stderr) == (b"1 \\u2013 2", None)
 
 
 @pytest.mark.parametrize(

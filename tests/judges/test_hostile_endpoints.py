@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import pytest
 
+from safetyheads.errors import InputError
 from safetyheads.judges.base import Completion
 from safetyheads.judges.endpoint import EndpointJudge, EndpointSettings, Meter, count_requests_in, read_reply
 
@@ -200,6 +201,26 @@ def test_a_key_that_is_echoed_is_stored_nowhere(place, form):
         assert not any(KEY.encode()[at : at + 5] in whole for at in range(len(KEY) - 4)), encoded
     assert FORMS["in base64"] not in stored
     assert verdict.complied == (place == "grades")
+
+
+def test_a_key_in_the_address_is_not_shown():
+    judge = EndpointJudge("grader", f"https://host/{KEY}/v1", KEY)
+    assert judge.shown_url == judge.describe()["url"] == "https://host/[key]/v1"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HTTP_PROXY", "nope://user:password@host:1"),
+        ("ALL_PROXY", "socks5://user:password@host:1"),
+        ("SSL_CERT_FILE", "/nowhere"),
+    ],
+)
+def test_an_environment_that_no_client_can_use_is_refused_before_anything_is_asked(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="proxy or certificates") as refused:
+        EndpointJudge("grader", "https://host/v1", KEY)
+    assert "password" not in str(refused.value)
 
 
 def test_an_endpoint_that_fails_again_and_again_is_left_alone():

@@ -75,6 +75,9 @@ def test_the_index_links_to_every_report(tmp_path: Path) -> None:
     check_closed(page, ("a/report/index.html", "b/report/index.html"))
     assert page.words.index("a No refusals to lose") < page.words.index("b No refusals to lose")
     assert index_page(tmp_path) == html
+    results = tmp_path / "a" / "results.json"
+    results.write_text(results.read_text().replace("o refusals to lose", "othing to see"))
+    assert "othing to see" not in index_page(tmp_path)  # what does not fit its checksum is not shown
 
 
 def test_the_page_of_an_evaluation_has_every_metric_and_change() -> None:

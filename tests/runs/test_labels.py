@@ -82,8 +82,10 @@ def test_a_sheet_is_random_distinct_and_blind(run, tmp_path, monkeypatch):
     assert len({row["id"] for row in rows}) == len(rows)
     assert all(known[row["id"]]["query"] == row["prompt"] and row["label"] == "" for row in rows)
     assert path.stat().st_mode & 0o077 == 0
-    with pytest.raises(InputError, match="is there already"):
-        write_sheet(run, 5, path)
+    (tmp_path / "link.csv").symlink_to("nowhere.csv")
+    for there in (path, tmp_path / "link.csv"):
+        with pytest.raises(InputError, match="is there already"):
+            write_sheet(run, 5, there)
     assert write_sheet(run, 10**6, tmp_path / "all.csv") == len(known)
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -381,7 +381,7 @@ def serve(config: ServeConfig, output: OutputOptions) -> None:
             lines = [f"Base URL: {found['base_url']}", f"Models: {'; '.join(found['models'])}", found["open_to"]]
             _show(found, output, lambda: show.print_lines(lines))
 
-        with suppress(KeyboardInterrupt):  # the usual end of a server
+        with _until_interrupted():
             serve_chats(engine, config, opened, tell)
 
 
@@ -604,7 +604,7 @@ def view(
     from safetyheads.reports.view import server
 
     served, address = server(folder, where.port)
-    with served, suppress(KeyboardInterrupt):
+    with served, _until_interrupted():
         show.print_lines([f"Pages: {address}", "Ctrl-C ends it."])
         sys.stdout.flush()
         served.serve_forever()
@@ -688,6 +688,17 @@ def _termination_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _until_interrupted() -> Iterator[None]:
+    """Ctrl-C is the usual end of a server; SIGTERM ends it as it does any command."""
+    try:
+        yield
+    except _Terminated:
+        raise
+    except KeyboardInterrupt:
+        pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,9 +1,11 @@
 """Makes anybody's text safe for a terminal: control characters, escapes and bidi marks are shown, not obeyed."""
 
+import os
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -79,8 +81,14 @@ class _Escaped:
 def escaped_streams() -> Iterator[None]:
     """Within, libraries and tracebacks too write only :func:`terminal_text` to stdout and stderr."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = map(_Escaped, before)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
+    with ExitStack() as opened:
+        # One that is closed is None.
+        streams = [stream or opened.enter_context(open(os.devnull, "w")) for stream in before]
+        for stream in streams:
+            if isinstance(stream, TextIOWrapper):  # not every terminal has every character
+                stream.reconfigure(errors="backslashreplace")
+        sys.stdout, sys.stderr = map(_Escaped, streams)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before

@@ -26,7 +26,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
-from safetyheads.errors import InputError, SafetyheadsError, refuse_unknown
+from safetyheads.errors import InputError, SafetyheadsError, first_line, refuse_unknown
 from safetyheads.files import as_input_error
 from safetyheads.judges.base import Completion, Judge, Label, Verdict, refuse_threshold
 
@@ -177,6 +177,13 @@ class EndpointJudge(Judge):
             raise InputError("judges behind an endpoint need openai: pip install 'safetyheads[openai]'")
         if not self.shown_url:
             raise InputError("the base URL of an endpoint is http://HOST/PATH or https://HOST/PATH")
+        try:
+            self._client()
+        except (ValueError, ImportError, OSError) as error:
+            message = self._without_key(first_line(error))
+            raise InputError(
+                f"the environment's proxy or certificates are of no use for {self.name}: {message}"
+            ) from None
 
     @property
     def name(self) -> str:
@@ -185,7 +192,7 @@ class EndpointJudge(Judge):
 
     @property
     def shown_url(self) -> str:
-        """The base URL without user, password, query and fragment; empty for a text that is no URL."""
+        """The base URL without user, password, query, fragment and key; empty for a text that is no URL."""
         import httpx2
 
         try:
@@ -196,7 +203,7 @@ class EndpointJudge(Judge):
             return ""
         if scheme not in ("http", "https") or not parts.hostname or len(self.base_url) > _LONGEST_ADDRESS:
             return ""
-        return f"{parts.scheme}://{parts.hostname}{port}{parts.path.rstrip('/')}"
+        return self._without_key(f"{parts.scheme}://{parts.hostname}{port}{parts.path.rstrip('/')}")
 
     def describe(self) -> dict[str, Any]:
         """Model, address, settings and rubric, for the manifest; not the key."""

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from safetyheads.errors import InputError
-from safetyheads.files import read_json
+from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.reports.page import render
 from safetyheads.reports.reproduction import headline
 from safetyheads.reports.write import PAGES
+from safetyheads.runs.directory import RunDirectory
 
 HOST = "127.0.0.1"
 _NAMES = frozenset((HOST, "localhost"))
@@ -56,11 +56,11 @@ def index_page(folder: Path) -> str:
 def _about(run: Path) -> dict[str, str]:
     """Kind, model and first sentence of a run; dashes where its results cannot be read."""
     try:
-        results = read_json(run / "results.json")
+        results = RunDirectory.look(run).read_results()
         kind, model = str(results["kind"]), results.get("model") or {}
         finding = (PAGES[kind][1] if kind in PAGES else headline)(results)
         return {"kind": kind, "model": str(model.get("name", "–")), "finding": finding}
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+    except (SafetyheadsError, OSError, ValueError, LookupError, AttributeError, TypeError):
         return dict.fromkeys(("kind", "model", "finding"), "–")
 
 

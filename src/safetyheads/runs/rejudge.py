@@ -7,6 +7,7 @@ it too. What is left then is no fair sample, so the whole rate is unscored.
 import csv
 import hashlib
 import io
+import os
 import random
 import re
 import sys
@@ -248,7 +249,7 @@ def write_sheet(folder: Path, n: int, path: Path, seed: int = 0) -> int:
     """Write ``n`` distinct answers to held-out harmful prompts, or all where there are fewer; returns how many."""
     if n < 1:
         raise InputError(f"a sheet needs at least one answer; got {n}")
-    if path.exists():
+    if os.path.lexists(path):  # a link that leads nowhere is something too
         raise InputError(f"{path} is there already; labels in it would be lost")
     _, records = _stored(folder)
     answers = {answer_id(record["query"], record["text"]): record for record in records}
