@@ -384,52 +384,39 @@ class RunDirectory:
         Several workers begin with different tasks, with each as many as its share of the ``costs``, by default alike.
         An ElsewhereError where no more of such units were written for as long as the shard waits.
         """
-        later: dict[int, frozenset[str]] = {}
         # Within a task files get smaller, and the smallest come last.
         until = list(accumulate(costs or [1.0] * len(tasks)))
         first = 0 if self._nested or not tasks else bisect(until, self.shard.begins_with * until[-1])
-        for at in (*range(first, len(tasks)), *range(first)):
-            try:
-                with self._within_a_task():
-                    value = tasks[at]()
-            except ElsewhereError as error:
-                later[at] = error.places
-            else:
-                yield at, value
+        # Tasks that are not done, with the files that each lacks: none while it was not tried yet.
+        left = dict.fromkeys((*range(first, len(tasks)), *range(first)), frozenset[str]())
         since, n_missing = time.monotonic(), -1
-        while later:
-            lacked = frozenset[str]().union(*later.values())
+        while left:
+            lacked = frozenset[str]().union(*left.values())
             missing = {place for place in lacked if not self._is_there(place)}
             if len(missing) != n_missing:
                 since, n_missing = time.monotonic(), len(missing)
-            if self._nested or (missing and self.shard.ends_waiting(missing, time.monotonic() - since)):
+            waited_enough = missing and self.shard.ends_waiting(missing, time.monotonic() - since)
+            if lacked and (self._nested or waited_enough):
                 raise _elsewhere(missing or lacked)
-            for at, lacking in list(later.items()):
+            for at, lacking in list(left.items()):
                 if missing.isdisjoint(lacking) or any(map(self.shard.takes, lacking & missing)):
+                    self._nested += 1  # a task does not wait itself, so that no other task waits for it
                     try:
-                        with self._within_a_task():
-                            value = tasks[at]()
-                    except ElsewhereError as again:
-                        later[at] = again.places
-                    else:
-                        del later[at]
-                        yield at, value
-            if later:
+                        value = tasks[at]()
+                    except ElsewhereError as error:
+                        left[at] = error.places
+                        continue
+                    finally:
+                        self._nested -= 1
+                    del left[at]
+                    yield at, value
+            if left and lacked:
                 # Soon after something came, then less and less often.
                 time.sleep(min(_POLL_SECONDS, self.shard.wait, 0.02 + time.monotonic() - since))
 
     def together(self, *tasks: Callable[[], Any], costs: Sequence[float] = ()) -> list[Any]:
         """The value of every task, as :meth:`each` does them."""
         return [value for _, value in sorted(self.each(tasks, costs), key=lambda done: done[0])]
-
-    @contextmanager
-    def _within_a_task(self) -> Iterator[None]:
-        """A task does not wait itself, so that no other task waits for it."""
-        self._nested += 1
-        try:
-            yield
-        finally:
-            self._nested -= 1
 
     def _is_there(self, place: str) -> bool:
         return os.path.lexists(self.path / place)
