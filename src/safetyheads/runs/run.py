@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ from safetyheads.runs.shards import Shard
 from safetyheads.runs.stored_files import Record
 from safetyheads.scores import GroupScorer, HeadScores
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Any)  # its kind says which settings it has
 Prompts: TypeAlias = Mapping[str, PromptSet]
 """Prompt sets of a run, by name."""
 
@@ -207,8 +207,8 @@ class Run(Generic[Config]):
     @property
     def ablation(self) -> Ablation:
         """The ablation that the settings name."""
-        settings: Any = self.config
-        return cast("Ablation", settings.parsed_ablation)
+        ablation: Ablation = self.config.parsed_ablation
+        return ablation
 
     def add(self, name: str, prompts: PromptSet, about: Mapping[str, Any] | None = None) -> AskedPrompts:
         """Add a prompt set; its file names begin with ``name``.
@@ -332,8 +332,7 @@ class Run(Generic[Config]):
             for record in answers.flat()
             if record["behaviour"] == "complied" and "surprise" in record
         ]
-        settings: Any = self.config
-        self.limit = coherence_limit(own, settings.coherence_factor, settings.coherence_allowance)
+        self.limit = coherence_limit(own, self.config.coherence_factor, self.config.coherence_allowance)
         for answers in self._answers.values():
             answers.limit = self.limit
         quantile = float(np.quantile(own, OWN_QUANTILE)) if own else None
@@ -551,13 +550,12 @@ def carry_out(
     """
     progress, are_given = progress or Progress(), bool(getattr(config, "judges", ()))
     config, judges = _with_judges(engine, config, shard)
-    settings: Any = config
     with _warnings_noted() as caught:
         read = prompts or kind.read(config)
-        prompts = {name: resolved(engine, prompt_set, settings) for name, prompt_set in read.items()}
-        chosen = chosen_line(engine, settings, are_given, next(iter(prompts.values())).template)
-        asked, n_new = {name: engine.ask(of) for name, of in prompts.items()}, getattr(settings, "max_new_tokens", 1)
-        longest = max(of.longest for of in asked.values()) + max(n_new, getattr(settings, "positions", 1))
+        prompts = {name: resolved(engine, prompt_set, config) for name, prompt_set in read.items()}
+        chosen = chosen_line(engine, config, are_given, next(iter(prompts.values())).template)
+        asked, n_new = {name: engine.ask(of) for name, of in prompts.items()}, getattr(config, "max_new_tokens", 1)
+        longest = max(of.longest for of in asked.values()) + max(n_new, getattr(config, "positions", 1))
         engine.prove_up_to(longest)  # before anything is planned: the proof may cost a quick path
         refuse_groups(engine, config)
         work = kind.work(engine, config, asked)
@@ -569,8 +567,8 @@ def carry_out(
             told = found.as_json()
             return {"kind": kind.name, "out": str(out), **told, "lines": [*told["lines"], *chain]}
         with progress.track("fingerprinting the weights", 1):
-            recorded = {"kind": kind.name, **settings_of(engine, settings, prompts)}
-            if hasattr(settings, "judges"):
+            recorded = {"kind": kind.name, **settings_of(engine, config, prompts)}
+            if hasattr(config, "judges"):
                 recorded["judges"] = [judge.describe() for judge in judges]
         with run_directory(out, recorded, progress, command, shard, lenders) as directory:
             for line in (chosen, *prompt_notes(prompts), *chain):
@@ -607,12 +605,11 @@ def _warnings_noted() -> Iterator[dict[str, type[Warning]]]:
 
 def _with_judges(engine: Engine, config: Config, shard: Shard | None) -> tuple[Config, tuple[Judge, ...]]:
     """The config with its judges named, and these; without that setting, phrases tell whether the model refuses."""
-    settings: Any = config
-    if not hasattr(settings, "judges"):
+    if not hasattr(config, "judges"):
         return config, (PhraseJudge(),)
-    names = settings.judges or (default_judge_name(bool(engine.tokenizer.chat_template)),)
-    judges = judges_named(names, settings.judge_device, settings.judge_tokens)
-    return replace(settings, judges=names), judges if shard is None else tuple(shard.asked(judges))
+    names = config.judges or (default_judge_name(bool(engine.tokenizer.chat_template)),)
+    judges = judges_named(names, config.judge_device, config.judge_tokens)
+    return replace(config, judges=names), judges if shard is None else tuple(shard.asked(judges))
 
 
 def _begun(
@@ -644,20 +641,19 @@ def _whole_results(
     kind: Kind[Config], run: Run[Config], chosen: str, caught: Mapping[str, type[Warning]]
 ) -> dict[str, Any]:
     """What the results of every kind hold, with what only this kind has."""
-    settings: Any = run.config
-    ablation, planted = run.ablation, planted_heads(settings.model)
+    config, ablation, planted = run.config, run.ablation, planted_heads(run.config.model)
     sets = {
         name: {"name": asked.prompts.name, "sha256": asked.prompts.sha256, **asked.prompts.facts()}
         for name, asked in run.asked.items()
     }
     asked = list(run.asked.values())
     judged: dict[str, Any] = {}
-    if hasattr(settings, "judges"):
+    if hasattr(config, "judges"):
         judged = {"judges": [judge.describe() for judge in run.judges], "lead_judge": run.judges[0].name}
     results = {
         "schema_version": SCHEMA_VERSION,
         "kind": kind.name,
-        "model": model_facts(run.engine, settings.model),
+        "model": model_facts(run.engine, config.model),
         "data": {**sets, "system": None, **template_facts(asked[0].prompts)},
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
         "planted_heads": None if planted is None else [str(head) for head in planted],
@@ -669,7 +665,7 @@ def _whole_results(
     if judged:
         results |= {"word_judges": run.judges_of_words(), **run.failed_judges()}
     notes = mixed_notes(run.directory)
-    notes += warnings_of(run.engine, asked, getattr(settings, "max_new_tokens", 1), caught)
+    notes += warnings_of(run.engine, asked, getattr(config, "max_new_tokens", 1), caught)
     return results | {"warnings": list(dict.fromkeys(notes))}
 
 
