@@ -49,6 +49,7 @@ from safetyheads.errors import (
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
 from safetyheads.model.names import SMOLLM2
+from safetyheads.reports.tables import Facts, Table
 from safetyheads.runs.config import (
     AsrConfig,
     AuditConfig,
@@ -69,8 +70,6 @@ from safetyheads.runs.stored_files import as_damaged
 if TYPE_CHECKING:
     from safetyheads.judges.base import Judge
     from safetyheads.model.engine import Engine
-    from safetyheads.prompts.prompt_set import PromptSet
-    from safetyheads.reports.tables import Table
 
 Config = TypeVar("Config", bound=ModelOptions)
 
@@ -110,7 +109,10 @@ def demo(
     output: OutputOptions,
 ) -> int:
     """Audit an embedded model whose refusal heads are known."""
-    return _audit(AuditConfig(f"demo:{name}", "demo", "demo", **config), where, report, output)
+    from safetyheads.runs.audit import read_prompts, run_audit
+
+    audited = AuditConfig(f"demo:{name}", "demo", "demo", **config)
+    return _run("audit", audited, where, output, read_prompts, run_audit, report)
 
 
 @command
@@ -123,20 +125,10 @@ def audit(
     output: OutputOptions,
 ) -> int:
     """Score every head, find the safety group, show what its ablation does, and write a report."""
-    return _audit(AuditConfig(**preset_settings(start.preset) | config), where, report, output)
+    from safetyheads.runs.audit import read_prompts, run_audit
 
-
-def _audit(config: AuditConfig, where: RunOptions, report: ReportOptions, output: OutputOptions) -> int:
-    from safetyheads.runs.audit import read_prompts, run_audit, why_too_few
-
-    def without_model(prompts: Mapping[str, "PromptSet"]) -> show.Found | None:
-        too_few = why_too_few(config, prompts)
-        if too_few is None:
-            return None
-        sentence = f"Cannot say: {too_few}. The model was not loaded; --anyway goes on."
-        return {"verdict": {"label": "cannot say", "sentence": sentence, "stopped_early": True}}
-
-    return _run("audit", config, where, output, read_prompts, run_audit, report, without_model=without_model)
+    audited = AuditConfig(**preset_settings(start.preset) | config)
+    return _run("audit", audited, where, output, read_prompts, run_audit, report)
 
 
 @command
@@ -261,16 +253,16 @@ def _run(
     where: RunOptions,
     output: OutputOptions,
     read: Callable[[Config], Any],
-    run: Callable[..., show.Found],
+    run: Callable[..., Facts],
     report: ReportOptions | None = None,
     first: int | None = None,
-    without_model: Callable[[Any], show.Found | None] | None = None,
 ) -> int:
     """Carry out a run and show its results; all that can be refused without the model is refused before it loads.
 
-    ``read`` gives the prompts or tasks; ``first`` rows of the first table are shown; ``without_model`` gives results
-    where the prompts settle them.
+    ``read`` gives the prompts or tasks; ``first`` rows of the first table are shown.
     """
+    from safetyheads.runs.audit import why_too_few
+
     config, out = settled(config, where.out, kind)
     shard, machine = where.parsed_shard, where.parsed_machine
     _refuse(out, report, getattr(config, "store_completions", True))
@@ -278,9 +270,11 @@ def _run(
     progress = show.progress_for(output.quiet)
     with progress.track("reading prompts or tasks", 1):
         data = read(config)
-    if without_model is not None and (settles := without_model(data)) is not None:
+    if isinstance(config, AuditConfig) and (too_few := why_too_few(config, data)):
         refuse_missing(config.model)  # a model that is not there is refused all the same
-        _show(settles, output, lambda: show.print_lines([settles["verdict"]["sentence"]]))
+        sentence = f"Cannot say: {too_few}. The model was not loaded; --anyway goes on."
+        verdict = {"label": "cannot say", "sentence": sentence, "stopped_early": True}
+        _show({"verdict": verdict}, output, lambda: show.print_lines([sentence]))
         return 0
     given = config, out, data, progress, sys.argv
     if machine is not None:
@@ -377,7 +371,7 @@ def serve(config: ServeConfig, output: OutputOptions) -> None:
         engine = load_engine(config, show.progress_for(output.quiet))
         refuse_groups(engine, config)
 
-        def tell(found: show.Found) -> None:
+        def tell(found: Facts) -> None:
             lines = [f"Base URL: {found['base_url']}", f"Models: {'; '.join(found['models'])}", found["open_to"]]
             _show(found, output, lambda: show.print_lines(lines))
 
@@ -629,11 +623,11 @@ def _judges_of(config: JudgeOptions) -> tuple["Judge", ...]:
 
 
 def _finish(
-    found: show.Found,
+    found: Facts,
     out: Path,
     report: ReportOptions | None,
     output: OutputOptions,
-    display: Callable[[show.Found, Mapping[str, "Table"]], None],
+    display: Callable[[Facts, Mapping[str, Table]], None],
 ) -> None:
     """Write the page, and show the results with its tables."""
     from safetyheads.reports.write import write_report
@@ -644,7 +638,7 @@ def _finish(
     _show(found, output, lambda: display(found, page.tables), lambda: show.print_lines([f"Report: {path}"]))
 
 
-def _code_of_judges(results: show.Found, named: str = "") -> int:
+def _code_of_judges(results: Facts, named: str = "") -> int:
     """1 where a judge gave no verdict at all, else 0; a line says on how many answers a judge failed."""
     failed = results.get("failed_judges", {})
     for name, counts in failed.items():
@@ -654,7 +648,7 @@ def _code_of_judges(results: show.Found, named: str = "") -> int:
     return int(any(counts["n"] == counts["of"] for counts in failed.values()))
 
 
-def _show(found: show.Found, output: OutputOptions, *displays: Callable[[], None]) -> None:
+def _show(found: Facts, output: OutputOptions, *displays: Callable[[], None]) -> None:
     try:
         if found.get("dry_run") and not output.json:
             show.show_dry_run(found)

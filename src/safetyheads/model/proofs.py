@@ -538,9 +538,10 @@ def _attempts(
     slow = Capabilities(segments=False, prunes=False, starts_late=False)
 
     def replayed(probes: _Probes, **quick: bool) -> float:
-        rows = zip(probes.rows, probes.plain, strict=True)
-        errors = (_replay_errors(engine, *row, replace(slow, **quick), loudest) for row in rows)
-        return largest(error for of_row in errors for error in of_row)
+        errors: list[float] = []
+        for row, plain in zip(probes.rows, probes.plain, strict=True):
+            errors += _replay_errors(engine, row, plain, replace(slow, **quick), loudest)
+        return largest(errors)
 
     def cached(probes: _Probes, pads: bool) -> float:
         first, last = probes.sequences[0].token_ids, probes.sequences[-1].token_ids
