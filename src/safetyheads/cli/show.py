@@ -16,7 +16,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import compress, groupby
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -31,6 +31,7 @@ from safetyheads.reports.tables import (
     NOTHING,
     Cell,
     Column,
+    Facts,
     Table,
     concentration_words,
     rate_cell,
@@ -38,6 +39,7 @@ from safetyheads.reports.tables import (
     value_cell,
 )
 from safetyheads.runs.config import Progress, duration
+from safetyheads.runs.shards import array_text
 
 PATIENCE = 2.0
 """Seconds after which a stage gets a progress bar."""
@@ -47,9 +49,6 @@ _WIDTH_OFF_TERMINAL = 140
 _STYLES = {"yes": "bold yellow", "less": "blue", "soft": "dim"}
 _GAP = 2
 _COMFORT = 20
-
-Found: TypeAlias = Mapping[str, Any]
-"""A part of the results, as JSON has it."""
 
 
 # Streams and progress
@@ -171,7 +170,7 @@ class _Speed(ProgressColumn):
         return Text((f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each") if rate else "")
 
 
-def show_dry_run(found: Found) -> None:
+def show_dry_run(found: Facts) -> None:
     """Print what a run would compute, and where it would keep it."""
     lines, stages = [*found["lines"], f"run directory: {found['out']}"], found.get("stages", ())
     if stages:
@@ -314,7 +313,7 @@ def print_lines(lines: Iterable[str], style: str | None = None, prose: bool = Fa
 # Results
 
 
-def show_results(results: Found, tables: Mapping[str, Table], first: int | None = None) -> None:
+def show_results(results: Facts, tables: Mapping[str, Table], first: int | None = None) -> None:
     """The tables of a run's page, what makes them weak, and last, where the eye is, the finding.
 
     ``first``: how many rows of the first table.
@@ -350,7 +349,7 @@ def show_results(results: Found, tables: Mapping[str, Table], first: int | None 
     print_lines((f"- {reason}" for reason in reasons), prose=True)
 
 
-def show_judged(found: Sequence[Found]) -> None:
+def show_judged(found: Sequence[Facts]) -> None:
     """Rates of the run's judge beside each other one's, and how far they agree."""
     for rejudged in found:
         names, kappa = (rejudged["lead"], rejudged["judge"]), rejudged["kappa"]
@@ -368,7 +367,7 @@ def show_judged(found: Sequence[Found]) -> None:
         print_facts("Agreement", {name: Cell(f"{count:,}") for name, count in facts.items()} | beside)
 
 
-def show_comparison(compared: Found, pages: Sequence[Path] = ()) -> None:
+def show_comparison(compared: Facts, pages: Sequence[Path] = ()) -> None:
     """What both runs are, what changed, how heads rank, which came and went, what makes that weak, and the gates."""
     from safetyheads.reports.compare import comparison_page, gate_words
 
@@ -397,7 +396,7 @@ _VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "→", "\r": "←"})
 _NO_HEADS = "none: tokens are mixed in another way"
 
 
-def show_check(found: Found) -> None:
+def show_check(found: Facts) -> None:
     """What was found in a model, what a prompt becomes, and what was proved."""
     facts, proofs = found["facts"], found["proofs"]
     at = {part: ", ".join(names) for part, names in facts["found"].items()}
@@ -429,7 +428,7 @@ def show_check(found: Found) -> None:
     print_lines([f"{n_held} of {len(proofs)} claims hold: ablations are exact on this model{slower}"])
 
 
-def alike(shapes: Sequence[Found | None]) -> list[tuple[str, str]]:
+def alike(shapes: Sequence[Facts | None]) -> list[tuple[str, str]]:
     """Layers, as in ``layers 0-3, 5``, and the heads that all of them have, in words."""
     found: dict[str, list[int]] = {}
     for layer, shape in enumerate(shapes):
@@ -442,14 +441,13 @@ def alike(shapes: Sequence[Found | None]) -> list[tuple[str, str]]:
         found.setdefault(words, []).append(layer)
     named = []
     for words, layers in found.items():
-        runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
-        numbers = ", ".join("-".join(map(str, dict.fromkeys((run[0], run[-1])))) for run in runs)
+        numbers = array_text(layers).replace(",", ", ")
         which = f"layer{'s' * (len(layers) > 1)} {numbers}" if len(layers) < len(shapes) else "every layer"
         named.append((which, words))
     return named
 
 
-def _show_prompt(prompt: Found, context: int | None) -> None:
+def _show_prompt(prompt: Facts, context: int | None) -> None:
     n_tokens, shared, bos = prompt["n_tokens"], prompt["n_shared"], prompt["bos_token"]
     rows: list[list[Any]] = []
     for part, found in groupby(prompt["tokens"], lambda token: token["part"]):
@@ -495,7 +493,7 @@ def show_experiments(experiments: Mapping[str, Any], lacking: Mapping[str, Seque
     stdout().print(f"\n{legend}[MODEL...], or all of them with safetyheads reproduce all.", style="dim")
 
 
-def show_outcomes(results: Found, names: Sequence[str], timed: Mapping[str, Sequence[Found]] | None = None) -> None:
+def show_outcomes(results: Facts, names: Sequence[str], timed: Mapping[str, Sequence[Facts]] | None = None) -> None:
     """The tables of one experiment, or a line each where ``names`` has more.
 
     ``timed`` holds tables of what was timed, by experiment, which results leave out.
@@ -519,7 +517,7 @@ def show_outcomes(results: Found, names: Sequence[str], timed: Mapping[str, Sequ
     print_lines((f"{name} left out: {one_line(why)}" for name, why in left_out), "yellow")
 
 
-def _show_outcome(outcome: Found, timed: Sequence[Found]) -> None:
+def _show_outcome(outcome: Facts, timed: Sequence[Facts]) -> None:
     """Its tables as the report has them."""
     from safetyheads.reports.reproduction import table_shown
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import altair as alt
 
@@ -10,13 +10,11 @@ from safetyheads.reports import charts
 from safetyheads.reports.answers import heads_of, side_by_side
 from safetyheads.reports.charts import Row, Spec
 from safetyheads.reports.page import NO_HEADS, Page, command_of, render, under_headings
-from safetyheads.reports.tables import Cell, interval, p_value, sentence_case
+from safetyheads.reports.tables import Cell, Facts, interval, p_value, sentence_case
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.reader import lead_groups
 from safetyheads.runs.stored_files import Record
 from safetyheads.stats.power import in_clusters
-
-Results: TypeAlias = Mapping[str, Any]
 
 MARKS = {"concentrated": "dot", "partly concentrated": "dot", "none found": "ring", "not specific": "ring"}
 """Mark of a verdict's badge; the others have a bar."""
@@ -43,9 +41,7 @@ def audit_page(run: RunDirectory, show_completions: bool) -> Page:
     return render_audit(results, facts, list(records), show_completions)
 
 
-def render_audit(
-    results: Results, manifest: Mapping[str, Any], rows: Sequence[Record] = (), show_texts: bool = False
-) -> Page:
+def render_audit(results: Facts, manifest: Facts, rows: Sequence[Record] = (), show_texts: bool = False) -> Page:
     """The page; equal arguments give equal text. ``rows``: stored answers, with texts where those are to be shown."""
     # Files keep their keys sorted; scores that the page does not know come last.
     for field in ("scores", "sahara"):
@@ -88,7 +84,7 @@ def render_audit(
     return render("audit.html.j2", content, measured, manifest, figures(results), head_columns(results))
 
 
-def headline(results: Results) -> str:
+def headline(results: Facts) -> str:
     """The verdict for a reader who does not know the method: a number a clause; its own sentence where it has none."""
     label, found, k = results["verdict"]["label"], results["verdict"]["numbers"], len(results["verdict"]["heads"])
     heads = f"{k} of {_n_heads(results):,} heads"
@@ -112,7 +108,7 @@ def headline(results: Results) -> str:
     return f"{openings[label]}: without {without} the model answers {answers}{control}, and {kept}."
 
 
-def _n_heads(results: Results) -> int:
+def _n_heads(results: Facts) -> int:
     """The model's heads; a screened run has scored some of them alone, and layers without attention have none."""
     if results.get("screening"):
         first = results["screening"][0]
@@ -120,22 +116,22 @@ def _n_heads(results: Results) -> int:
     return max((n_scored(score) for score in results["scores"].values()), default=0)
 
 
-def n_scored(score: Mapping[str, Any]) -> int:
+def n_scored(score: Facts) -> int:
     """Heads that a score was measured of."""
     return sum(value is not None for layer in score["values"] for value in layer)
 
 
-def _shown_groups(results: Results) -> list[list[str]]:
+def _shown_groups(results: Facts) -> list[list[str]]:
     """The verdict's group, and those of the same score by size."""
     named = [list(results["verdict"]["heads"]), *(group["heads"] for group in lead_groups(results))]
     return [heads for heads in named if heads]
 
 
-def _label(results: Results, name: str) -> str:
+def _label(results: Facts, name: str) -> str:
     return str(results["scores"].get(name, {}).get("label", name))
 
 
-def _ranked(results: Results) -> list[tuple[str, float]]:
+def _ranked(results: Facts) -> list[tuple[str, float]]:
     """Every head with the verdict's score, or the first where heads were found by another, best first.
 
     Ties go to the lower layer, then the lower index.
@@ -152,7 +148,7 @@ def _ranked(results: Results) -> list[tuple[str, float]]:
 # Tables.
 
 
-def _difference(change: Mapping[str, Any] | None, alpha: float) -> Cell:
+def _difference(change: Facts | None, alpha: float) -> Cell:
     """What a change of ASR means, in words."""
     if not change or change["change"] is None:
         return Cell("not measured", tone="soft")
@@ -162,14 +158,14 @@ def _difference(change: Mapping[str, Any] | None, alpha: float) -> Cell:
     return Cell(found, p=f"p {p_value(p, '= ')}", tone=tone)
 
 
-def _steps(results: Results, scorer: str) -> list[dict[str, Any]]:
+def _steps(results: Facts, scorer: str) -> list[dict[str, Any]]:
     """Sahara's steps with a score, each with the measured group of that size."""
     groups = {group["size"]: group for group in results["behaviour"]["groups"] if group["scorer"] == scorer}
     steps = enumerate(results["sahara"][scorer]["steps"], 1)
     return [dict(step) | {"group": groups.get(size, {})} for size, step in steps]
 
 
-def _groups(results: Results) -> list[Any]:
+def _groups(results: Facts) -> list[Any]:
     """Nothing ablated, then the groups that each score led to by size, the verdict's score first."""
     vanilla = results["behaviour"]["vanilla"] | {"heads": ["none"]}
     found: dict[str, list[Any]] = {f"found by {_label(results, results['verdict']['scorer'])}": []}
@@ -178,7 +174,7 @@ def _groups(results: Results) -> list[Any]:
     return under_headings(vanilla, found)
 
 
-def _bars(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+def _bars(results: Facts, group: Facts | None) -> Iterator[dict[str, Any]]:
     """Counts of verdicts, unablated and under the verdict's group."""
     states = [("nothing ablated", results["behaviour"]["vanilla"])]
     states += [] if group is None else [(f"{', '.join(group['heads'])} ablated", group)]
@@ -197,14 +193,14 @@ def _bars(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict[st
         yield {"label": f"Benign prompts, {words}", "n": kept["n"], "parts": parts}
 
 
-def _complement(rate: Mapping[str, Any]) -> dict[str, Any]:
+def _complement(rate: Facts) -> dict[str, Any]:
     """The share of the others; an interval mirrors with its rate."""
     low, high = rate["interval"]
     others = {"count": rate["n"] - rate["count"], "n": rate["n"], "rate": 1 - rate["rate"]}
     return others | {"interval": [1 - high, 1 - low]}
 
 
-def _reasons(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+def _reasons(results: Facts, group: Facts | None) -> Iterator[dict[str, Any]]:
     """How often each reason was given, unablated and under the verdict's group."""
     for title, field in (("Harmful prompts", "reasons"), ("Benign prompts", "benign_reasons")):
         states = {"nothing ablated": results["behaviour"]["vanilla"], "group ablated": group or {}}
@@ -219,9 +215,9 @@ def _reasons(results: Results, group: Mapping[str, Any] | None) -> Iterator[dict
 # Figures.
 
 
-def figures(results: Results) -> dict[str, Spec]:
+def figures(results: Facts) -> dict[str, Spec]:
     """Every figure that the results allow, by the name of its place in the page."""
-    vanilla, by_scorer = results["behaviour"]["vanilla"], dict[str, list[Mapping[str, Any]]]()
+    vanilla, by_scorer = results["behaviour"]["vanilla"], dict[str, list[Facts]]()
     for group in results["behaviour"]["groups"]:
         by_scorer.setdefault(_label(results, group["scorer"]), []).append(group)
     asr, kept = vanilla["coherent_asr"], vanilla["benign_answered"]
@@ -234,7 +230,7 @@ def figures(results: Results) -> dict[str, Spec]:
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def score_figures(results: Results) -> dict[str, Spec | None]:
+def score_figures(results: Facts) -> dict[str, Spec | None]:
     """A map of every score, and the long tail of the verdict's."""
     found = {"long_tail": _long_tail(results)}
     for name, score in results["scores"].items():
@@ -251,9 +247,7 @@ def score_figures(results: Results) -> dict[str, Spec | None]:
     return found
 
 
-def group_curve(
-    groups: Sequence[Mapping[str, Any]], vanilla: Mapping[str, Any], kept: Mapping[str, Any] | None, y: str
-) -> Spec | None:
+def group_curve(groups: Sequence[Facts], vanilla: Facts, kept: Facts | None, y: str) -> Spec | None:
     """Coherent ASR and benign prompts answered by size of the group, over the band of random groups; None without any.
 
     Groups, one a size, have ``size``, ``heads``, ``coherent_asr``, ``benign_answered`` and ``random``; ``vanilla`` is
@@ -275,7 +269,7 @@ def group_curve(
     return charts.lines(rows, "heads ablated together", y, described, reference=vanilla["rate"])
 
 
-def group_lines(series: Mapping[str, Sequence[Mapping[str, Any]]], vanilla: Mapping[str, Any], y: str) -> Spec:
+def group_lines(series: Mapping[str, Sequence[Facts]], vanilla: Facts, y: str) -> Spec:
     """Coherent ASR by size, a line for the groups of each name; all begin at the unablated model's."""
     rows = [row for name in series for row in rate_rows(0, name, vanilla, ())]
     for name, groups in series.items():
@@ -284,7 +278,7 @@ def group_lines(series: Mapping[str, Sequence[Mapping[str, Any]]], vanilla: Mapp
     return charts.lines(rows, "heads ablated together", y, "Attack success rate against group size, by series")
 
 
-def rate_rows(x: float, series: str, rate: Mapping[str, Any] | None, names: Sequence[str]) -> list[dict[str, Any]]:
+def rate_rows(x: float, series: str, rate: Facts | None, names: Sequence[str]) -> list[dict[str, Any]]:
     """A row of a figure, or none for a rate of nothing."""
     if rate is None or rate["rate"] is None:
         return []
@@ -292,12 +286,12 @@ def rate_rows(x: float, series: str, rate: Mapping[str, Any] | None, names: Sequ
     return [charts.interval_row(x, float(rate["rate"]), rate["interval"], series=series, **told)]
 
 
-def _highest(score: Mapping[str, Any]) -> str:
+def _highest(score: Facts) -> str:
     values = {f"{i}-{j}": value for i, of in enumerate(score["values"]) for j, value in enumerate(of)}
     return charts.tops_in_words(values, f" {score['unit']}")
 
 
-def _head_tooltip(results: Results, first: str) -> list[alt.Tooltip]:
+def _head_tooltip(results: Facts, first: str) -> list[alt.Tooltip]:
     """The head and its scores, that of the figure first."""
     scores = results["scores"]
     # The figure's own score, and beside it the verdict's: a tooltip is read at a glance.
@@ -306,7 +300,7 @@ def _head_tooltip(results: Results, first: str) -> list[alt.Tooltip]:
     return [alt.Tooltip("head:N"), *(alt.Tooltip(f"{n}:Q", title=t, format=".6~g") for n, t in titles.items())]
 
 
-def _prompts_needed(results: Results) -> Spec | None:
+def _prompts_needed(results: Facts) -> Spec | None:
     """How much of each top list so many prompts give, against their number."""
     rows: list[Row] = []
     for top in (results.get("stability") or {"tops": ()})["tops"]:
@@ -320,7 +314,7 @@ def _prompts_needed(results: Results) -> Spec | None:
     return charts.lines(rows, *titles, described, logarithmic=True, points=False, reference=0.9)
 
 
-def _long_tail(results: Results) -> Spec | None:
+def _long_tail(results: Facts) -> Spec | None:
     """The lead score of every head by rank, both axes logarithmic, with the same head's benign score."""
     name, scores = results["verdict"]["scorer"], results["scores"]
     if name not in scores or not any((value or 0) > 0 for layer in scores[name]["values"] for value in layer):
@@ -348,7 +342,7 @@ def _long_tail(results: Results) -> Spec | None:
     return charts.spec([*layers, text.encode(text="head:N")], (), 280, told)
 
 
-def head_columns(results: Results) -> dict[str, Any]:
+def head_columns(results: Facts) -> dict[str, Any]:
     """What the figures know of each head, a column a fact, head after head: the page makes rows of it."""
     verdict, scores = results["verdict"], results["scores"]
     if not scores:

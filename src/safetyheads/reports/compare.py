@@ -1,17 +1,14 @@
 """Writes a comparison of two runs as a page, and as Markdown for a pull request."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetyheads.files import write_page
 from safetyheads.reports import charts
 from safetyheads.reports.page import Page, render
-from safetyheads.reports.tables import NOTHING, Cell, Table, interval, number, sentence_case, signed, two
+from safetyheads.reports.tables import NOTHING, Cell, Facts, Table, interval, number, sentence_case, signed, two
 from safetyheads.runs.compare import CHANGE_LABELS, CHANGES, FAILED, PASSED
-
-Compared = Mapping[str, Any]
-"""A comparison as JSON, with its ``quantities``, ``gates`` and ``exit_code``."""
 
 WORDS = {0: "passed", 1: "a gate failed", 2: "cannot be compared"}
 """Exit code -> what the badge says."""
@@ -23,7 +20,7 @@ LIMITS = (
 )
 
 
-def comparison_page(compared: Compared, with_figures: bool = True) -> Page:
+def comparison_page(compared: Facts, with_figures: bool = True) -> Page:
     """The page of a comparison; equal arguments give equal text."""
     rows = list(_drawn(compared)) if with_figures else []
     titles = "", "change, after minus before", "Each change with its interval"
@@ -41,7 +38,7 @@ def comparison_page(compared: Compared, with_figures: bool = True) -> Page:
     return render("compare.html.j2", content, {}, {}, figures)
 
 
-def badge(compared: Compared) -> str:
+def badge(compared: Facts) -> str:
     """How the comparison came out, in a few words."""
     if compared["exit_code"] == 2 and not compared["obstacles"]:
         judged = all(gate["number"] is not None for gate in compared["gates"])
@@ -51,7 +48,7 @@ def badge(compared: Compared) -> str:
     return WORDS[compared["exit_code"]]
 
 
-def sentence(compared: Compared) -> str:
+def sentence(compared: Facts) -> str:
     """What became of the ASR, with its interval."""
     change = compared["vanilla_asr"]
     if change["change"] is None:
@@ -62,7 +59,7 @@ def sentence(compared: Compared) -> str:
     return f"{moved} ({bounds}, {pairs}): {change['shown'].replace('-', '−')}."
 
 
-def _changes(compared: Compared) -> Iterator[tuple[str, dict[str, Any]]]:
+def _changes(compared: Facts) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each change with what its table says of it."""
     for attribute, label in CHANGE_LABELS.items():
         if (change := compared[attribute]) is not None:
@@ -73,7 +70,7 @@ def _changes(compared: Compared) -> Iterator[tuple[str, dict[str, Any]]]:
             yield label, {**change, "how": how, "shown": shown, "n_text": n if change["change"] is not None else "–"}
 
 
-def _drawn(compared: Compared) -> Iterator[dict[str, Any]]:
+def _drawn(compared: Facts) -> Iterator[dict[str, Any]]:
     """A row of the figure for each change that has an interval; the limits of gates beside them."""
     limits: dict[str, float] = {}
     for gate in compared["gates"]:
@@ -86,7 +83,7 @@ def _drawn(compared: Compared) -> Iterator[dict[str, Any]]:
             yield charts.interval_row(CHANGE_LABELS[attribute], change["change"], change["interval"], **told)
 
 
-def _settings(compared: Compared) -> Iterator[tuple[str, str, str]]:
+def _settings(compared: Facts) -> Iterator[tuple[str, str, str]]:
     """Each setting with its value in both runs, those that differ first."""
     before, after = (compared[side]["settings"] | compared[side]["provenance"] for side in ("before", "after"))
     names = sorted(dict.fromkeys([*before, *after]), key=lambda name: before.get(name) == after.get(name))
@@ -94,7 +91,7 @@ def _settings(compared: Compared) -> Iterator[tuple[str, str, str]]:
         yield name, before.get(name, "–"), after.get(name, "–")
 
 
-def gate_cells(gate: Mapping[str, Any]) -> tuple[Cell, Cell, Cell]:
+def gate_cells(gate: Facts) -> tuple[Cell, Cell, Cell]:
     """Outcome, what was measured, and the number that was judged."""
     tone = {FAILED: "yes", PASSED: "less"}.get(gate["outcome"], "soft")
     measured = judged = NOTHING
@@ -108,7 +105,7 @@ def gate_cells(gate: Mapping[str, Any]) -> tuple[Cell, Cell, Cell]:
     return Cell(gate["outcome"], tone=tone, is_text=True), measured, judged
 
 
-def gate_words(gate: Mapping[str, Any]) -> str:
+def gate_words(gate: Facts) -> str:
     """``asr_increase > 0.1: +0.31 [+0.18, +0.45] n 48, upper bound +0.45``, and the reason where there is one."""
     _, measured, judged = gate_cells(gate)
     parts = [" ".join(filter(None, (measured.text, measured.interval, measured.n)))] if measured != NOTHING else []
@@ -119,7 +116,7 @@ def gate_words(gate: Mapping[str, Any]) -> str:
 # Markdown.
 
 
-def comparison_markdown(compared: Compared) -> str:
+def comparison_markdown(compared: Facts) -> str:
     """The comparison for a pull request, which may be public: it counts heads and does not name them."""
     lines = [f"### Safety comparison: {badge(compared)}", "", sentence(compared), ""]
     for name, side in (("A", "before"), ("B", "after")):
@@ -165,7 +162,7 @@ def _code(text: object) -> str:
     return f"`{' '.join(str(text).split()).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
-def write_comparison(compared: Compared, path: Path) -> Path:
+def write_comparison(compared: Facts, path: Path) -> Path:
     """Write Markdown to a name that ends with ``.md``, else a page: to one with ``.html``, or into a folder."""
     page = path if path.suffix in (".md", ".html") else path / "compare.html"
     text = comparison_markdown(compared) if page.suffix == ".md" else comparison_page(compared)

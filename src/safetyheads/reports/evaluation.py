@@ -1,13 +1,13 @@
 """The page of an evaluation: what ablating heads does to the accuracy on tasks."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 from safetyheads.reports import charts
 from safetyheads.reports.page import Page, command_of, render
+from safetyheads.reports.tables import Facts
 from safetyheads.runs.directory import RunDirectory
 
-Results: TypeAlias = Mapping[str, Any]
 _SURE = 0.05
 """Of p after Holm."""
 
@@ -18,7 +18,7 @@ def evaluation_page(run: RunDirectory, show_completions: bool) -> Page:
     return render_evaluation(run.read_results(), run.facts() | {"command": command_of(run)})
 
 
-def render_evaluation(results: Results, manifest: Mapping[str, Any]) -> Page:
+def render_evaluation(results: Facts, manifest: Facts) -> Page:
     """The page; equal arguments give equal text."""
     drawn = list(_drawn(results))
     described = "Change of each metric, ablated minus vanilla"
@@ -34,7 +34,7 @@ def render_evaluation(results: Results, manifest: Mapping[str, Any]) -> Page:
     return render("evaluation.html.j2", content, measured, manifest, figures)
 
 
-def headline(results: Results) -> str:
+def headline(results: Facts) -> str:
     """How many metrics the ablation changes."""
     compared = [metric["difference"] for metric in results["metrics"] if metric["difference"]]
     if not compared:
@@ -43,7 +43,7 @@ def headline(results: Results) -> str:
     return f"{len(moved)} of {len(compared)} metrics change when the heads are ablated (Holm, α = {_SURE})."
 
 
-def _drawn(results: Results) -> Iterator[dict[str, Any]]:
+def _drawn(results: Facts) -> Iterator[dict[str, Any]]:
     """A row of the figure for each change of a share that has an interval: other metrics have other units."""
     for metric in results["metrics"]:
         change = metric["difference"]

@@ -114,20 +114,6 @@ def command_of(run: RunDirectory) -> str:
     return shlex.join(["safetyheads", *kept])
 
 
-def facts(fields: Facts, name: str = "") -> Iterator[tuple[str, str]]:
-    """Each field with its dotted name; a list of plain values on one line."""
-    for key, value in fields.items():
-        inner = f"{name}.{key}" if name else str(key)
-        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            value = {str(item.get("name", at)): item for at, item in enumerate(value, 1)}
-        if isinstance(value, dict) and value:
-            yield from facts(value, inner)
-            continue
-        is_plain = isinstance(value, list) and value and not any(isinstance(item, dict | list) for item in value)
-        shown = value if is_plain else [value]
-        yield inner, " · ".join(item if isinstance(item, str) else json.dumps(item) for item in shown)
-
-
 def under_headings(first: Any, groups: Mapping[str, Sequence[Any]]) -> list[Any]:
     """Records of a table: the first, then those of each heading that has any."""
     return [first, *(record for words, records in groups.items() if records for record in (words, *records))]

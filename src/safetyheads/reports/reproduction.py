@@ -7,15 +7,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 from safetyheads.errors import InputError
 from safetyheads.reports import charts
 from safetyheads.reports.charts import Row, Spec
-from safetyheads.reports.page import REMEMBERED, Page, facts, render
-from safetyheads.reports.tables import Cell, Column, Table, interval, number, p_value, signed, two
-
-Record: TypeAlias = Mapping[str, Any]
+from safetyheads.reports.page import REMEMBERED, Page, render
+from safetyheads.reports.tables import Cell, Column, Facts, Table, interval, number, p_value, signed, two
 
 MAX_CHART_BYTES = 3_200_000
 """What the figures of a page may take, so that it stays under 5 MB; those without room are left out, and it says so."""
@@ -35,7 +33,7 @@ _QUOTED_ROW = re.compile(r"\b(in the paper|paper's|quoted)\b|\(paper\)", re.IGNO
 _NUMBERS = ("rate", "change", "number")
 
 
-def render_reproduction(results: Record, manifest: Record) -> tuple[Page, Mapping[str, str]]:
+def render_reproduction(results: Facts, manifest: Facts) -> tuple[Page, Mapping[str, str]]:
     """The index, and every experiment's page by its file name; equal arguments give equal texts."""
     outcomes, judge = results["experiments"], results["judge"]
     for outcome in outcomes:
@@ -63,7 +61,7 @@ def render_reproduction(results: Record, manifest: Record) -> tuple[Page, Mappin
 # The index.
 
 
-def _states(results: Record) -> Iterator[dict[str, Any]]:
+def _states(results: Facts) -> Iterator[dict[str, Any]]:
     """Every experiment of the catalogue in its order, those that it does not know last, each with how far it is."""
     outcomes = {outcome["name"]: outcome for outcome in results["experiments"]}
     left_out = {name: why for name, why in results.get("left_out", {}).items() if name not in outcomes}
@@ -83,7 +81,7 @@ def _states(results: Record) -> Iterator[dict[str, Any]]:
         yield state | {"label": label, "said": said, "tone": tone}
 
 
-def headline_words(outcome: Record) -> list[str]:
+def headline_words(outcome: Facts) -> list[str]:
     """The first numbers of an experiment, each with its name, interval and n; a lone model is not named."""
     rows = outcome.get("headline") or ()
     alone, found = len({row["model"] for row in rows}) < 2, []
@@ -95,7 +93,7 @@ def headline_words(outcome: Record) -> list[str]:
     return found
 
 
-def headline(results: Record) -> str:
+def headline(results: Facts) -> str:
     """How many experiments were run, and on what."""
     states = list(_states(results))
     ran = [state for state in states if state["models"]]
@@ -112,7 +110,7 @@ def headline(results: Record) -> str:
 # One experiment.
 
 
-def _experiment(outcome: Record) -> dict[str, Any]:
+def _experiment(outcome: Facts) -> dict[str, Any]:
     """What the page of an experiment shows."""
     shown, left_out, room = [], [], MAX_CHART_BYTES
     for figure in outcome["figures"]:
@@ -123,8 +121,10 @@ def _experiment(outcome: Record) -> dict[str, Any]:
         else:
             shown.append((figure, drawn))
     has_numbers, badge = bool(outcome["tables"] or outcome["figures"]), ""
-    rates = [(row, row["asr"], row["answered"]) for row in outcome.get("asked") or ()]
-    asked = [(row, number_cell(asr, "rate"), number_cell(kept, "rate")) for row, asr, kept in rates]
+    asked = [
+        (row, *(number_cell(row[key], "rate") for key in ("asr", "answered"))) for row in outcome.get("asked") or ()
+    ]
+    settings = {name: of if isinstance(of, list) else [of] for name, of in (outcome.get("settings") or {}).items()}
     if outcome["not_meaningful"]:
         badge = "Meaningful in part only" if has_numbers else "Not meaningful on this model"
     elif any(NO_EVIDENCE in note.lower() for note in outcome["notes"]):
@@ -135,7 +135,10 @@ def _experiment(outcome: Record) -> dict[str, Any]:
         "has_numbers": has_numbers,
         "headline": [(row, number_cell(row["value"], row["kind"])) for row in outcome.get("headline") or ()],
         "asked": asked,
-        "settings": list(facts(outcome.get("settings") or {})),
+        "settings": [
+            (name, " · ".join(text if isinstance(text, str) else json.dumps(text) for text in of))
+            for name, of in settings.items()
+        ],
         "figures": [(figure, list(_figure_notes(figure))) for figure, _ in shown],
         "figures_left_out": left_out,
         "charts": {f"figure-{at}": drawn for at, (_, drawn) in enumerate(shown, 1) if drawn is not None},
@@ -143,7 +146,7 @@ def _experiment(outcome: Record) -> dict[str, Any]:
     }
 
 
-def table_shown(held: Record) -> Table:
+def table_shown(held: Facts) -> Table:
     """An outcome's table: a row that begins like the one above is marked as said already."""
     listed, n_more, note = held["rows"][:MAX_ROWS], len(held["rows"]) - MAX_ROWS, held["caption"]
     pairs = zip([None, *listed], listed, strict=False)
@@ -155,7 +158,7 @@ def table_shown(held: Record) -> Table:
     return Table(held["title"], columns, rows, note.strip())
 
 
-def cells(row: Record, columns: Sequence[Record], above: Record | None = None) -> Iterator[Cell]:
+def cells(row: Facts, columns: Sequence[Facts], above: Facts | None = None) -> Iterator[Cell]:
     """The cells of a row: a measured number with its interval and n, a quoted one marked as such.
 
     What begins like the row ``above`` is marked as said already.
@@ -198,12 +201,12 @@ def written(value: Any, kind: str) -> str:
 # Figures: kind -> what draws it.
 
 
-def draw(figure: Record) -> Spec | None:
+def draw(figure: Facts) -> Spec | None:
     """An outcome's figure, a panel for each of its panels; None without points."""
     return FIGURES[figure["kind"]](figure, figure["points"]) if figure["points"] else None
 
 
-def _figure_notes(figure: Record) -> Iterator[str]:
+def _figure_notes(figure: Facts) -> Iterator[str]:
     """What the figure does not tell: the meaning of frames, and counts of what it lacks."""
     points = figure["points"]
     field = "value" if figure["kind"] in ("matrix", "attention") else "y"
@@ -219,16 +222,16 @@ def _figure_notes(figure: Record) -> Iterator[str]:
         yield f"Not drawn: {lost} of {len(points)} points below 0, which a logarithmic axis does not have."
 
 
-def _standing(figure: Record, points: Sequence[Row]) -> Sequence[Row]:
+def _standing(figure: Facts, points: Sequence[Row]) -> Sequence[Row]:
     """Points that have a place on a logarithmic axis."""
     return [point for point in points if point["x"] >= 0] if figure["logarithmic"] else points
 
 
-def _described(figure: Record) -> str:
+def _described(figure: Facts) -> str:
     return f"{figure['value'] or figure['y']} by {figure['x']}"
 
 
-def _along_axes(figure: Record, points: Sequence[Row], draws: Callable[..., Spec]) -> Spec:
+def _along_axes(figure: Facts, points: Sequence[Row], draws: Callable[..., Spec]) -> Spec:
     """Bars, lines or points, with short numbers."""
     rows = []
     for point in _standing(figure, points):
@@ -242,7 +245,7 @@ def _along_axes(figure: Record, points: Sequence[Row], draws: Callable[..., Spec
     return draws(rows, figure["x"], figure["y"], _described(figure), **options)
 
 
-def _heads(figure: Record, points: Sequence[Row]) -> Spec:
+def _heads(figure: Facts, points: Sequence[Row]) -> Spec:
     """A number of every head, layer by head; marked ones have a frame."""
     title = figure["value"] or figure["y"]
     rows = []
@@ -258,7 +261,7 @@ def _heads(figure: Record, points: Sequence[Row]) -> Spec:
     return charts.head_map(color, shape, tooltips, _described(figure), rows=rows, outlines={"marked": {}})
 
 
-def _matrix(figure: Record, points: Sequence[Row]) -> Spec:
+def _matrix(figure: Facts, points: Sequence[Row]) -> Spec:
     """A number for each pair of names, written into its tile where there is room."""
     rows = []
     for point in points:
@@ -282,7 +285,7 @@ def _matrix(figure: Record, points: Sequence[Row]) -> Spec:
     return charts.tiles(rows, color, tooltips=tooltips, description=_described(figure), **sides)
 
 
-def _attention(figure: Record, points: Sequence[Row]) -> Spec:
+def _attention(figure: Facts, points: Sequence[Row]) -> Spec:
     """How much each position attends to each other; tokens are named where there is room."""
     n = 1 + max(max(point["query"], point["key"]) for point in points)
     named = n <= charts.MOST_LABELS
@@ -301,7 +304,7 @@ def _attention(figure: Record, points: Sequence[Row]) -> Spec:
     return charts.tiles(rows, color, figure["x"], figure["y"], tooltips, _described(figure), cell=cell, most=cell * n)
 
 
-FIGURES: dict[str, Callable[[Record, Sequence[Row]], Spec]] = {
+FIGURES: dict[str, Callable[[Facts, Sequence[Row]], Spec]] = {
     "bars": partial(_along_axes, draws=charts.bars),
     "lines": partial(_along_axes, draws=charts.lines),
     "curves": partial(_along_axes, draws=partial(charts.lines, points=False)),

@@ -13,14 +13,12 @@ from safetyheads.reports.answers import MAX_STATE_BYTES, MAX_TEXT_BYTES, side_by
 from safetyheads.reports.audit import MAX_TABLE_HEADS, group_curve, group_lines, rate_rows
 from safetyheads.reports.charts import Spec
 from safetyheads.reports.page import Page, command_of, render, under_headings
-from safetyheads.reports.tables import number, rate_words, two
+from safetyheads.reports.tables import Facts, number, rate_words, two
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rates import AnswerTable, answer_table, with_later_verdicts, without_texts
 from safetyheads.runs.stored_files import Record
 from safetyheads.stats.power import in_clusters
 
-Results: TypeAlias = Mapping[str, Any]
-Head: TypeAlias = Mapping[str, Any]
 Look: TypeAlias = dict[str, Any]
 
 TOP_HEADS = 20
@@ -62,7 +60,7 @@ def scan_page(run: RunDirectory, show_completions: bool) -> Page:
     return render_scan(results, run.facts() | {"command": command_of(run)}, rows, show_completions)
 
 
-def render_scan(results: Results, manifest: Mapping[str, Any], rows: Sequence[Record], show_texts: bool) -> Page:
+def render_scan(results: Facts, manifest: Mapping[str, Any], rows: Sequence[Record], show_texts: bool) -> Page:
     """The page of every judged answer, with texts where those are to be shown; equal arguments give equal text."""
     differ, strongest = differing(results), _strongest(results)
     of_interest = {"", *[head["head"] for head in (strongest,) if head]}
@@ -131,7 +129,7 @@ def judged_rows(
         yield {**kept, **texts} if texts else kept
 
 
-def headline(results: Results) -> str:
+def headline(results: Facts) -> str:
     """How many heads change the ASR, and the strongest of them."""
     n_heads, vanilla = len(results["heads"]), results["vanilla"]["harmful"]["coherent_asr"]
     if vanilla["rate"] is None:
@@ -150,7 +148,7 @@ def headline(results: Results) -> str:
     return f"{counted}; {most} from {rate_words(vanilla)} to {rate_words(head['coherent_asr'])}."
 
 
-def power_words(results: Results) -> str:
+def power_words(results: Facts) -> str:
     """The smallest rise of the coherent ASR that so many prompts show."""
     statistics = results["statistics"]
     least, joined = statistics["smallest_change"], in_clusters(statistics.get("n_clusters"))
@@ -167,48 +165,48 @@ def power_words(results: Results) -> str:
 # Heads.
 
 
-def by_asr(heads: Sequence[Head]) -> list[Head]:
+def by_asr(heads: Sequence[Facts]) -> list[Facts]:
     """Highest coherent ASR first; a head without one comes last, and ties go to the earlier head."""
 
-    def rate(head: Head) -> float:
+    def rate(head: Facts) -> float:
         found = head["coherent_asr"]["rate"]
         return -1.0 if found is None else found
 
     return sorted(heads, key=rate, reverse=True)
 
 
-def differing(results: Results) -> list[Head]:
+def differing(results: Facts) -> list[Facts]:
     """Heads that differ from the unablated model after Tarone's correction, the largest change first."""
     found = [head for head in results["heads"] if head["change"]["differs"]]
     return sorted(found, key=lambda head: -abs(head["change"]["change"]))
 
 
-def named_heads(results: Results) -> list[str]:
+def named_heads(results: Facts) -> list[str]:
     """Heads that figures name: those that differ and planted ones; without them the one of highest coherent ASR."""
     found = [head["head"] for head in differing(results)[:MAX_NAMED]]
     found = list(dict.fromkeys([*found, *(results.get("planted_heads") or ())]))
     return found or [head["head"] for head in by_asr(results["heads"])[:1]]
 
 
-def heads_of_interest(results: Results) -> list[str]:
+def heads_of_interest(results: Facts) -> list[str]:
     """Nothing ablated (the empty name), the named heads, the strongest."""
     strongest = _strongest(results)
     return list(dict.fromkeys(["", *named_heads(results), *([strongest["head"]] if strongest else [])]))
 
 
-def benign_lost(head: Head) -> float | None:
+def benign_lost(head: Facts) -> float | None:
     """Share of the benign answers that the head's ablation costs; negative where it wins some."""
     change = head["benign"]["answered_change"]["change"] if head["benign"] else None
     return None if change is None else 0.0 - change
 
 
-def _strongest(results: Results) -> Head | None:
+def _strongest(results: Facts) -> Facts | None:
     """The head that changes the coherent ASR most, or, where none does, the one of the highest."""
     found = differing(results) or [head for head in by_asr(results["heads"]) if head["asr"]["rate"] is not None]
     return found[0] if found else None
 
 
-def _followed(results: Results) -> list[dict[str, Any]]:
+def _followed(results: Facts) -> list[dict[str, Any]]:
     """ASR at each strength of the heads that differ, or of the one of highest ASR; nothing with one strength."""
     if len(results["epsilons"]) < 2:
         return []
@@ -218,11 +216,11 @@ def _followed(results: Results) -> list[dict[str, Any]]:
 
 
 def _judge_tables(
-    results: Results, table: AnswerTable, judges: Sequence[str]
+    results: Facts, table: AnswerTable, judges: Sequence[str]
 ) -> tuple[list[tuple[str, list[dict[str, Any]]]], list[dict[str, Any]]]:
     """Set by set every rate by every judge, and each reason of each judge with its label and how often it was given.
 
-    Both unablated and under the strongest head, where the judge judged all answers.
+    Both unablated and under the strongest head.
     """
     rated, reasons, strongest = [], [], _strongest(results)
     for name in SETS:
@@ -232,10 +230,7 @@ def _judge_tables(
             answered[f"{strongest['head']} ablated"] = by_head.get(strongest["head"])
         rows: list[dict[str, Any]] = []
         for judge in judges:
-            there = {words: found for words, found in answered.items() if found is not None}
-            states = {
-                words: found for words, found in there.items() if all(judge in row["verdicts"] for row in found.flat())
-            }
+            states = {words: found for words, found in answered.items() if found is not None}
             for words, answers in states.items():
                 unscored = f"{answers.labels(judge)['unscored']}/{len(answers.flat())}"
                 rows.append({"judge": judge, "state": words, "rates": answers.rates(judge), "unscored": unscored})
@@ -253,7 +248,7 @@ def _judge_tables(
     return rated, reasons
 
 
-def shown_answers(results: Results, rows: Sequence[Record], show_texts: bool, **rooms: int) -> dict[str, Any]:
+def shown_answers(results: Facts, rows: Sequence[Record], show_texts: bool, **rooms: int) -> dict[str, Any]:
     """Answers under each head side by side (:func:`.answers.side_by_side`), heads of interest first.
 
     With many seeds no prompt has one label, so there is nothing to say by category and prompt.
@@ -270,7 +265,7 @@ def shown_answers(results: Results, rows: Sequence[Record], show_texts: bool, **
 # Figures.
 
 
-def _figures(results: Results) -> dict[str, Spec]:
+def _figures(results: Facts) -> dict[str, Spec]:
     """Every figure that the results allow, by the name of its place in the page."""
     coherent, n_heads = results["vanilla"]["harmful"]["coherent_asr"], results["model"]["n_heads"]
     kept = results["vanilla"].get("benign", {}).get("answered")
@@ -302,13 +297,13 @@ def _figures(results: Results) -> dict[str, Spec]:
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def _drawn_to_all(head: Head) -> float | None:
+def _drawn_to_all(head: Facts) -> float | None:
     """The head's ASR without the luck of the highest; None where no answer was scored."""
     rate: float | None = head["shrunken"]["rate"] if head["asr"]["n"] else None
     return rate
 
 
-def _head_tooltip(results: Results, **first: tuple[str, str]) -> list[alt.Tooltip]:
+def _head_tooltip(results: Facts, **first: tuple[str, str]) -> list[alt.Tooltip]:
     """What a head tells; ``first``: fields that come before its ASR, each with title and format."""
     facts = first | {
         "asr": ("ASR alone", ".3f"),
@@ -328,7 +323,7 @@ def _head_tooltip(results: Results, **first: tuple[str, str]) -> list[alt.Toolti
     return [alt.Tooltip("head:N"), *told]
 
 
-def _harmful_and_benign(results: Results) -> Spec | None:
+def _harmful_and_benign(results: Facts) -> Spec | None:
     """Change of coherent ASR against the benign answers that a head's ablation costs; None without benign prompts."""
     if not any(head["benign"] for head in results["heads"]):
         return None
@@ -369,7 +364,7 @@ def _harmful_and_benign(results: Results) -> Spec | None:
     return charts.spec(layers, (), 300, "Change of coherent ASR against benign answers lost, head by head")
 
 
-def _proxy(results: Results, name: str) -> Spec:
+def _proxy(results: Facts, name: str) -> Spec:
     """One score of every head against its ASR alone."""
     score, field = results["scores"][name], f"score_{name}"
     # Differences of many orders of magnitude: at equal steps all but a few heads would lie at 0.
@@ -399,7 +394,7 @@ def _proxy(results: Results, name: str) -> Spec:
     return charts.spec(layers, (), 220, f"{score['label']} against ASR, head by head")
 
 
-def _synergy(results: Results) -> Spec | None:
+def _synergy(results: Facts) -> Spec | None:
     """What each pair frees beyond the sum of its heads, as a symmetric map."""
     if not results["synergy"]:
         return None
@@ -424,7 +419,7 @@ def _synergy(results: Results) -> Spec | None:
     return charts.tiles(rows, color, "head", "head", tooltips, "Synergy of pairs of heads", cell=cell)
 
 
-def _epsilons(results: Results) -> Spec | None:
+def _epsilons(results: Facts) -> Spec | None:
     """ASR against the strength of the ablation, a line a head; None with one strength."""
     rows, title = list[Look](), "ε, strength of the ablation (log scale)"
     for head in _followed(results):
@@ -435,7 +430,7 @@ def _epsilons(results: Results) -> Spec | None:
     return charts.lines(rows, title, _OF_PROMPTS, described, **options) if rows else None
 
 
-def head_columns(results: Results) -> dict[str, Any]:
+def head_columns(results: Facts) -> dict[str, Any]:
     """What the figures know of each head, a column a fact, head after head: the page makes rows of it."""
     heads, model, alpha = results["heads"], results["model"], results["statistics"]["alpha"]
     has_benign, facts = any(head["benign"] for head in heads), dict[str, Look]()

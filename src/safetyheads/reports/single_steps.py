@@ -1,17 +1,15 @@
 """The pages of runs of one step: a ranking by mean Ships, a search for a group, ASR under given groups."""
 
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 from safetyheads.ablation import Ablation
 from safetyheads.reports import charts
 from safetyheads.reports.answers import side_by_side
 from safetyheads.reports.audit import head_columns, rate_rows, score_figures
 from safetyheads.reports.page import NO_HEADS, Page, command_of, render
-from safetyheads.reports.tables import number, rate_words
+from safetyheads.reports.tables import Facts, number, rate_words
 from safetyheads.runs.directory import RunDirectory
 
-Results: TypeAlias = Mapping[str, Any]
 TITLES = {"ships": "Ranking of heads", "sahara": "Search for a group", "asr": "Attack success under groups"}
 """Kind of run -> what its page is called."""
 _OWN = "each prompt's top "
@@ -51,7 +49,7 @@ def single_step_page(run: RunDirectory, show_completions: bool) -> Page:
     return render("single_step.html.j2", content, measured, facts, drawn, columns)
 
 
-def headline(results: Results) -> str:
+def headline(results: Facts) -> str:
     """What the run found, in a sentence with its numbers."""
     n = results["n"]
     if results["kind"] == "ships":
@@ -77,7 +75,7 @@ def headline(results: Results) -> str:
     return f"As it is, {told}; with {heads} ablated, {after}."
 
 
-def rates_in_words(results: Results) -> str:
+def rates_in_words(results: Facts) -> str:
     """The rates of the first sentence of an ``asr`` run, with their intervals."""
     unablated, best = _first_and_best(results)
     states = {"nothing": unablated} | ({} if best is None else {best["heads"]: best})
@@ -86,17 +84,17 @@ def rates_in_words(results: Results) -> str:
     return f"Coherent ASR, 95 % intervals: {told}."
 
 
-def _first_and_best(results: Results) -> tuple[Results, Results | None]:
+def _first_and_best(results: Facts) -> tuple[Facts, Facts | None]:
     """The unablated model's rates, and those of the group under which most is answered."""
     unablated, *groups = results["rates"]
     return unablated, max(groups, key=_asr, default=None)
 
 
-def _asr(group: Results) -> float:
+def _asr(group: Facts) -> float:
     return float(group["coherent_asr"]["rate"] or 0.0)
 
 
-def _scored(results: Results) -> dict[str, Any]:
+def _scored(results: Facts) -> dict[str, Any]:
     """The results as an audit's hold them: the score as a table of all heads, and a verdict that names none."""
     means = {head["head"]: head["mean"] for head in results["heads"]}
     n_layers, n_heads = results["model"]["n_layers"], results["model"]["n_heads"]
@@ -105,7 +103,7 @@ def _scored(results: Results) -> dict[str, Any]:
     return {**results, "scores": {results["score"]: score}, "verdict": {"scorer": results["score"], "heads": []}}
 
 
-def _by_size(results: Results) -> charts.Spec:
+def _by_size(results: Facts) -> charts.Spec:
     """The group's score after each step, beside the group's with the second best head instead."""
     rows: list[charts.Row] = []
     for size, step in enumerate(results["steps"], start=1):
@@ -118,7 +116,7 @@ def _by_size(results: Results) -> charts.Spec:
     return charts.lines(rows, *titles, "Score of the group against its size", share=False)
 
 
-def _bars(results: Results) -> charts.Spec:
+def _bars(results: Facts) -> charts.Spec:
     """Attack success of each group, coherent answers alone and all."""
     rows: list[charts.Row] = []
     for rate in results["rates"]:

@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 Facts: TypeAlias = Mapping[str, Any]
+"""Results of a run or a part of them, as JSON has it; of a comparison with ``quantities``, ``gates`` and ``exit_code``.
+"""
 
 # Numbers.
 

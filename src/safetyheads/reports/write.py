@@ -40,25 +40,22 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> tuple[
     reproduction never hold any, and a warning says so.
     """
     with run.writing():  # a judge that adds to the results, and another report, come before or after
-        return _written(RunDirectory.open(run.path), show_completions)
-
-
-def _written(run: RunDirectory, show_completions: bool) -> tuple[Path, Page]:
-    results = run.read_results()
-    kind, version = results.get("kind"), results.get("schema_version")
-    if version != SCHEMA_VERSION or kind not in (*PAGES, "reproduction"):
-        raise InputError(
-            f"{run.path} holds results of kind {kind!r}, schema {version!r}; "
-            f"a report needs {', '.join(PAGES)} or reproduction of schema {SCHEMA_VERSION}"
-        )
-    if kind != "reproduction":
-        page = PAGES[kind][0](run, show_completions)
-        return run.write_report(page), page
-    if show_completions:
-        words = "the pages of a reproduction hold no completions; they are in the run's completions folder"
-        warnings.warn(words, ReportWarning, stacklevel=2)
-    page, pages = render_reproduction(results, run.facts())
-    return run.write_report(page, pages), page
+        run = RunDirectory.open(run.path)
+        results = run.read_results()
+        kind, version = results.get("kind"), results.get("schema_version")
+        if version != SCHEMA_VERSION or kind not in (*PAGES, "reproduction"):
+            raise InputError(
+                f"{run.path} holds results of kind {kind!r}, schema {version!r}; "
+                f"a report needs {', '.join(PAGES)} or reproduction of schema {SCHEMA_VERSION}"
+            )
+        if kind != "reproduction":
+            page = PAGES[kind][0](run, show_completions)
+            return run.write_report(page), page
+        if show_completions:
+            words = "the pages of a reproduction hold no completions; they are in the run's completions folder"
+            warnings.warn(words, ReportWarning, stacklevel=2)
+        page, pages = render_reproduction(results, run.facts())
+        return run.write_report(page, pages), page
 
 
 def write_history(history: Mapping[str, Any]) -> tuple[Path, Page]:

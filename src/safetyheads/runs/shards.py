@@ -8,6 +8,7 @@ import heapq
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Self, TypeAlias
 
@@ -109,13 +110,10 @@ def owners(units: Units, count: int) -> dict[str, int]:
 
 def array_text(indices: list[int]) -> str:
     """Indices as a job array takes them: ``1,4-6``."""
-    runs: list[list[int]] = []
-    for index in sorted(set(indices)):
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    # Of numbers that follow each other, the distance from their places is one.
+    by_distance = groupby(enumerate(sorted(set(indices))), lambda pair: pair[1] - pair[0])
+    runs = [[index for _, index in run] for _, run in by_distance]
+    return ",".join("-".join(map(str, dict.fromkeys((run[0], run[-1])))) for run in runs)
 
 
 def _of_environment(environment: Mapping[str, str]) -> tuple[int, int]:
