@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -78,7 +78,7 @@ def expected(rises, half, specific, damage):
 def label_of(**changed):
     evidence = replace(SOUND, **changed)
     verdict = verdict_of(replace(evidence, n_broken=min(evidence.n_broken, evidence.n_answered)), LIMITS)
-    json.dumps(verdict.as_dict(), allow_nan=False)
+    json.dumps(asdict(verdict), allow_nan=False)
     assert verdict.sentence.lower().startswith(verdict.label)
     assert verdict.sentence.endswith(".")
     assert "None" not in " ".join([verdict.sentence.removeprefix("None found"), *verdict.reasons])

@@ -46,8 +46,6 @@ def _experiments(entries: dict[str, Any]) -> Iterator[Experiment]:
                 for given in table["columns"]
             ]
     for name, entry in entries.items():
-        if absent := {"title", "question", "module", "costs", "caption"} - entry.keys():
-            raise InputError(f"catalogue.toml: {name} has no {', '.join(sorted(absent))}")
         like = shown_by[entry["like"]] if "like" in entry else {}
         shown = shown_by[name] = {kind: entry.get(kind, like.get(kind, {})) for kind in ("tables", "figures", "notes")}
         shown["notes"] = {**notes, **shown["notes"]}

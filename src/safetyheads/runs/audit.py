@@ -437,7 +437,7 @@ def audit_verdict(
     heads = [str(head) for head in outcome.group]
     verdict = verdict_of(evidence, thresholds, f"{len(heads)} of {n_heads} heads ({', '.join(heads)})")
     group = {"heads": heads, "size": outcome.size, "scorer": outcome.scorer, "stopped_early": False}
-    return verdict.as_dict() | group
+    return asdict(verdict) | group
 
 
 def early_verdict(vanilla: Mapping[str, GroupAnswers], thresholds: Thresholds) -> dict[str, Any] | None:
@@ -447,7 +447,7 @@ def early_verdict(vanilla: Mapping[str, GroupAnswers], thresholds: Thresholds) -
         return None
     verdict = unablated_verdict(evidence, thresholds)
     nothing: dict[str, Any] = {"heads": [], "size": 0, "scorer": LEAD, "stopped_early": True}
-    return verdict.as_dict() | nothing
+    return asdict(verdict) | nothing
 
 
 # Results.

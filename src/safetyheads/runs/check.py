@@ -19,6 +19,11 @@ _PARTS = ("before the query", "the query", "after the query", "prefilled answer"
 # Queries that are not like any; of these the one counts that has the least in common with what is shown.
 _OTHERS = ("0", "x", "?")
 _WORD_STARTS = ("▁", "Ġ")
+# Of a model's architecture, as they are.
+_FACTS = (
+    *("family", "n_layers", "d_model", "d_mlp", "active_experts"),
+    *("vocabulary_size", "context_length", "windows", "turns"),
+)
 
 
 def describe(engine: Engine, config: CheckConfig, prompts: PromptSet | None, progress: Progress) -> dict[str, Any]:
@@ -127,19 +132,11 @@ def describe_model(engine: Engine) -> dict[str, Any]:
     with_heads = [None if one is None else layer for layer, one in zip(facts.layers, facts.attentions, strict=True)]
 
     return {
-        "family": facts.family,
+        **{name: getattr(facts, name) for name in _FACTS},
         "n_parameters": model.num_parameters(),
         "dtype": str(engine.dtype).removeprefix("torch."),
         "device": str(engine.device),
-        "n_layers": facts.n_layers,
         "heads": [None if shape is None else shape._asdict() for shape in facts.shapes],
-        "d_model": facts.d_model,
-        "d_mlp": facts.d_mlp,
-        "active_experts": facts.active_experts,
-        "vocabulary_size": facts.vocabulary_size,
-        "context_length": facts.context_length,
-        "windows": list(facts.windows),
-        "turns": list(facts.turns),
         "found": {
             "decoder": [name(facts.decoder)],
             "layers": sorted({name(layer).rpartition(".")[0] for layer in facts.layers}),

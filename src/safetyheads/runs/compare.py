@@ -76,16 +76,13 @@ class Change:
         if self.interval is not None:
             low, high = (round(bound, 2) + 0.0 for bound in self.interval)
             shown = f"no change shown: between {low:+.2f} and {high:+.2f}"
+            # Whether the answers without a verdict could not turn what the interval shows.
+            is_sure = self.at_worst is None or self.at_worst[0][0] > 0 or self.at_worst[1][2] < 0
             if self.before is None:
                 shown = f"at least {low:.2f}, at most {high:.2f}"
-            elif (low > 0 or high < 0) and (self.p_value is None or self.p_value <= 1 - CONFIDENCE) and self._is_sure:
+            elif (low > 0 or high < 0) and (self.p_value is None or self.p_value <= 1 - CONFIDENCE) and is_sure:
                 shown = f"rose by at least {low:.2f}" if low > 0 else f"fell by at least {-high:.2f}"
         object.__setattr__(self, "shown", shown)
-
-    @property
-    def _is_sure(self) -> bool:
-        """Whether the answers without a verdict could not turn what the interval shows."""
-        return self.at_worst is None or self.at_worst[0][0] > 0 or self.at_worst[1][2] < 0
 
 
 def vanilla_asr_change(before: RunReader, after: RunReader) -> Change:

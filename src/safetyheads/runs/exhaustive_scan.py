@@ -367,24 +367,15 @@ def _scanned_groups(
     before, groups = table["vanilla", "benign", None].get(""), []
     for part in ("groups", "pairs", "prefixes"):
         for heads, answers in table[part, "harmful", epsilon].items():
-            benign = table[part, "benign", epsilon].get(heads)
-            groups.append(
-                {
-                    "part": part,
-                    "heads": answers.heads,
-                    **answers.rates(),
-                    **answers.coherent_rates(),
-                    "change": asdict(answers.coherent_change_from(vanilla)),
-                    "reasons": answers.reasons(),
-                    "benign_answered": benign.rate_of(benign.answered()) if before and benign else None,
-                    "benign_answered_change": asdict(benign.answered_change_from(before))
-                    if before and benign
-                    else None,
-                    "random": random_as_json(vanilla, answers, random[heads], drawn[heads])
-                    if part == "prefixes" and heads in random
-                    else None,
-                }
-            )
+            group = {"part": part, "heads": answers.heads, **answers.rates(), **answers.coherent_rates()}
+            group |= {"change": asdict(answers.coherent_change_from(vanilla)), "reasons": answers.reasons()}
+            group |= dict.fromkeys(("benign_answered", "benign_answered_change", "random"))
+            if before and (benign := table[part, "benign", epsilon].get(heads)):
+                group["benign_answered"] = benign.rate_of(benign.answered())
+                group["benign_answered_change"] = asdict(benign.answered_change_from(before))
+            if part == "prefixes" and heads in random:
+                group["random"] = random_as_json(vanilla, answers, random[heads], drawn[heads])
+            groups.append(group)
     return groups
 
 

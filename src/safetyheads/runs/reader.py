@@ -48,8 +48,6 @@ ASR_ALONE = "asr_alone"
 """Name of a scan's own table: the ASR with each head ablated alone."""
 
 _LONGEST_NAME = 250  # of a metric, in MLflow
-_VANILLA = {"audit": "behaviour.vanilla.", "scan": "vanilla.harmful."}
-_KEPT = {"audit": "behaviour.vanilla.benign_answered", "scan": "vanilla.benign.answered"}
 OUTCOMES: dict[str, Callable[[GroupAnswers], FloatArray]] = {
     "complied": GroupAnswers.verdicts,
     "coherent": GroupAnswers.coherent,
@@ -87,7 +85,7 @@ class FinishedRun(Table):
         self.kind, version = str(self.results.get("kind")), self.results.get("schema_version")
         if version != SCHEMA_VERSION:
             raise InputError(f"{path} holds results of schema {version!r}; what is read is schema {SCHEMA_VERSION}")
-        self.model: str = _value_at(self.results, "model.name") or ""
+        self.model = str((self.results.get("model") or {}).get("name") or "")
 
     def _facts(self) -> dict[str, object]:
         return {"kind": self.kind, "model": self.model}
@@ -170,33 +168,32 @@ class RunReader(FinishedRun):
         """Read the manifest and the results; an InputError where they are of another kind too."""
         super().__init__(path)
         kind, results = self.kind, self.results
-        if kind not in _VANILLA:
+        if kind not in _STAGES:
             raise InputError(f"{path} is a run of {kind}; audits and scans are what is compared")
         with as_damaged(path / "results.json"):
             starts = self.directory.read_starts()
             self.started = datetime.fromisoformat(starts[0]["started"]).astimezone(UTC) if starts else None
             self.shape: tuple[int, int] = (results["model"]["n_layers"], results["model"]["n_heads"])
-            self.vanilla_asr: RateRecord = _value_at(results, _VANILLA[kind] + "asr")
-            self.coherent_asr: RateRecord = _value_at(results, _VANILLA[kind] + "coherent_asr")
-            self.limit: float | None = _value_at(results, "coherence.limit")
-            self.benign_answered: RateRecord | None = _value_at(results, _KEPT[kind])
+            vanilla = results["behaviour"]["vanilla"] if kind == "audit" else results["vanilla"]["harmful"]
+            kept = vanilla if kind == "audit" else results["vanilla"].get("benign", {})
+            self.vanilla_asr: RateRecord = vanilla["asr"]
+            self.coherent_asr: RateRecord = vanilla["coherent_asr"]
+            self.benign_answered: RateRecord | None = kept.get("benign_answered", kept.get("answered"))
+            self.limit: float | None = results.get("coherence", {}).get("limit")
             self.concentration: Mapping[str, Any] | None = results.get("concentration")
-            ended = _value_at(results, "verdict.stopped_early")
-            self.stopped_early: str = (
-                str(_value_at(results, "verdict.sentence") or "no reason is given") if ended else ""
-            )
-            self.n_seeds: int = _value_at(results, "statistics.n_seeds") or 1
+            self.n_seeds, self.stopped_early = 1, ""
             self.verdict: str | None = None
             self.lead_score: str = ASR_ALONE
             self.lead_group: Mapping[str, Any] | None = None
             if kind == "audit":
                 verdict = results["verdict"]
+                self.stopped_early = str(verdict["sentence"]) if verdict["stopped_early"] else ""
                 self.verdict, self.lead_score = verdict["label"], lead_score_of(results)
                 self.lead_heads: tuple[str, ...] = (*verdict["heads"],)
                 named = (group for group in lead_groups(results) if {*group["heads"]} == {*self.lead_heads})
                 self.lead_group = next(named, None)
             else:
-                alpha = _value_at(results, "statistics.alpha") or 0.05
+                self.n_seeds, alpha = results["statistics"]["n_seeds"], results["statistics"]["alpha"]
                 p_values = {entry["head"]: (entry.get("change") or {}).get("p_tarone") for entry in results["heads"]}
                 self.lead_heads = tuple(head for head, p in p_values.items() if p is not None and p < alpha)
             rates = self.benign_answered, self.lead_group and self.lead_group["asr"]
@@ -348,10 +345,3 @@ def lead_groups(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """An audit's groups of the verdict's scorer, by size."""
     groups = [group for group in results["behaviour"]["groups"] if group["scorer"] == lead_score_of(results)]
     return sorted(groups, key=lambda group: int(group["size"]))
-
-
-def _value_at(results: Mapping[str, Any], path: str) -> Any:
-    value: Any = results
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value

@@ -162,10 +162,6 @@ class AuditVerdict:
     numbers: dict[str, Any]
     """The evidence with its bounds, and the damage found: shown, bounded or open."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """As results hold it."""
-        return asdict(self) | {"reasons": list(self.reasons)}
-
 
 def evidence_of(
     harmful: tuple[GroupAnswers, GroupAnswers],
