@@ -17,6 +17,8 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 MODEL = "demo:aligned_a"
 SMALL = (MODEL, "--limit", "10", "--quiet")
 MULTIPLE_CHOICE = "dataset_kwargs: {data_files: {test: own.jsonl}}\noutput_type: multiple_choice\ndataset_path: json\n"
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x"
+CIRCLE = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
 
 
 def test_a_new_user_reads_vanilla_beside_each_group_and_json_has_every_number_with_n_and_interval(run_json, capsys):
@@ -79,6 +81,9 @@ def test_a_missing_extra_is_named(refused, monkeypatch):
         (f"{MULTIPLE_CHOICE}doc_to_choice: [a, b]\ndoc_to_text: [1]", "task own cannot be run: "),
         ("dataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}", "cannot be run"),
         (f"{MULTIPLE_CHOICE}doc_to_choice: '{{{{ gone.x }}}}'", "task own cannot be run: UndefinedError"),
+        (f"{MULTIPLE_CHOICE}doc_to_choice: '{ENDLESS}'", "task own cannot be run: TimeoutError: it takes longer than"),
+        (f"{MULTIPLE_CHOICE}doc_to_choice: '{CIRCLE}'", "task own cannot be run: RecursionError"),
+        (f"{MULTIPLE_CHOICE}doc_to_choice: 'a b'", "task own cannot be run: SyntaxError"),
         (
             f"{MULTIPLE_CHOICE}doc_to_choice: [a, b]\nunsafe_code: true",
             "the tasks run code: code that the model writes",
@@ -91,11 +96,29 @@ def test_tasks_are_refused_in_one_line_before_the_model_is_read(refused, tmp_pat
     monkeypatch.setattr(
         lm_eval, "_manager", lambda options: TaskManager(include_path=[*options.include_paths], include_defaults=False)
     )
+    monkeypatch.setattr(lm_eval, "RENDER_SECONDS", 0.1)
     (tmp_path / "own.jsonl").write_text('{"question": "1", "answer": 0}\n')
     name = "" if config.startswith("task") else "task: own\n"
     text = f"{name}test_split: test\ndoc_to_text: question\ndoc_to_target: answer\n{config}\n"
     (tmp_path / "own.yaml").write_text(text)
     assert said in refused("eval", *SMALL, "--tasks", "own", "--include-path", tmp_path, "--offline")
+
+
+@pytest.mark.parametrize("text", [b"task: [\x1b[31m", b"task: \xff", b"[5]"])
+def test_a_task_file_that_cannot_be_read_is_named(refused, tmp_path, no_model, text):
+    (tmp_path / "own.yaml").write_bytes(text)
+    assert "own.yaml cannot be run: " in refused("eval", *SMALL, "--tasks", "own.yaml", "--offline")
+    # Else lm-eval's own list is read, for a quarter of a minute, and the name is said to be unknown.
+    said = refused("eval", *SMALL, "--tasks", "nobodys_task", "--include-path", tmp_path, "--offline")
+    assert f"{tmp_path}/own.yaml cannot be run: " in said
+
+
+def test_a_task_without_a_proper_name_is_refused(refused, tmp_path, no_model):
+    for number, name in enumerate(("own", "5")):
+        (tmp_path / f"{number}.yaml").write_text(f"task: {name}\n")
+    assert "task own cannot be run: TypeError" in refused(
+        "eval", *SMALL, "--tasks", "own", "--include-path", tmp_path, "--offline"
+    )
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
 @pytest.mark.parametrize("text", [ENDLESS, "{{ 10 ** (10 ** 10) }}", "{{ 'a' * 10 ** 18 }}", "{{ [0] * 10 ** 18 }}"])
 def test_a_template_that_never_ends_or_has_no_room_is_refused_in_one_line(text, monkeypatch):
     apply, calls = templates.BoundTemplate._apply, []
-    monkeypatch.setattr(templates, "_SECONDS", 0.1)
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 0.1)
     monkeypatch.setattr(templates.BoundTemplate, "_apply", lambda *a, **b: calls.append(a) or apply(*a, **b))
     with pytest.raises(InputError, match=OF_MODEL + "rejects the prompt: [^\n]*$"):
         rendered(text)

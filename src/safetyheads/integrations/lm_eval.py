@@ -25,10 +25,10 @@ from unittest.mock import patch
 
 from safetyheads.ablation import AnyAblation
 from safetyheads.demo.grammar import REFUSAL, answer_to, benign_prompts, deeds, wrap
-from safetyheads.errors import InputError, first_line
+from safetyheads.errors import InputError, first_line, time_limit
 from safetyheads.heads import AnyHeads
 from safetyheads.prompts.asked import AnswerReader
-from safetyheads.prompts.templates import BoundTemplate, Template
+from safetyheads.prompts.templates import RENDER_SECONDS, BoundTemplate, Template
 from safetyheads.runs.config import TaskOptions
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ _TASK_ERRORS = (
     ArithmeticError,
     ImportError,
     AssertionError,
+    RecursionError,
+    MemoryError,
+    SyntaxError,
 )
 _NEEDS_TRUST = "the tasks run code: {}; to allow it, give --trust-task-code"
 
@@ -112,7 +115,8 @@ def load_tasks(options: TaskOptions, seed: int = LM_EVAL_SEED) -> tuple[LoadedTa
     loaded: dict[str, LoadedTask] = {}
     run: dict[str, None] = {}
     with _alone(seed, stays_here), _code_guarded(options.trust_task_code, run):
-        manager = _manager(options) if foreign else TaskManager(include_defaults=False)
+        with _as_input_error(", ".join(options.tasks)):
+            manager = _manager(options) if foreign else TaskManager(include_defaults=False)
         for name in options.tasks:
             if not _is_known(name, manager):
                 near = get_close_matches(name, [ORGANISM, *manager.all_tasks], 3)
@@ -299,6 +303,7 @@ def _manager(options: TaskOptions) -> Any:
     """A list of tasks that has the names, if there is one: reading lm-eval's own 14,000 takes a quarter of a minute."""
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import TaskIndex, load_yaml
 
     include, root = list(options.include_paths), Path(lm_eval.tasks.__file__).parent
     names = b"|".join(re.escape(name).encode() for name in options.tasks)
@@ -318,6 +323,11 @@ def _manager(options: TaskOptions) -> Any:
         alone = all(entry is None or entry.kind.name in ("TASK", "PY_TASK") for entry in entries)
         if alone and all(_is_known(name, manager) for name in options.tasks):
             return manager
+    if not all(_is_known(name, manager) for name in options.tasks):
+        # A file that cannot be read may be the one; lm-eval passes over it.
+        for file in (file for path in include for file in TaskIndex._iter_yaml_files(Path(path))):
+            with _as_input_error(str(file)):
+                load_yaml(file, resolve_func=False)
     return TaskManager(include_path=include or None)
 
 
@@ -349,7 +359,7 @@ def _code_guarded(trusted: bool, run: dict[str, None]) -> Iterator[None]:
     """Within, tasks run no Python code but lm-eval's own, or what is ``trusted``, which is added to ``run``.
 
     A metric without code of lm-eval's is a script, from the current folder or the hub; and a template of Jinja could
-    reach all of Python.
+    reach all of Python, or never end.
     """
     import evaluate
     import lm_eval.tasks._yaml_loader as yaml_loader
@@ -376,7 +386,17 @@ def _code_guarded(trusted: bool, run: dict[str, None]) -> Iterator[None]:
         meet(f"the script of the metric {path}, from {where}")
         return load_metric(path, *given, **named)
 
-    sandbox = ImmutableSandboxedEnvironment(
+    class Sandbox(ImmutableSandboxedEnvironment):
+        def from_string(self, *given: Any, **named: Any) -> Any:
+            template = super().from_string
+
+            def render(**document: Any) -> str:
+                with time_limit(RENDER_SECONDS):  # compiling too, which computes what is constant
+                    return template(*given, **named).render(**document)
+
+            return SimpleNamespace(render=render)
+
+    sandbox = Sandbox(
         loader=templates.loader, undefined=templates.undefined, keep_trailing_newline=templates.keep_trailing_newline
     )
     sandbox.filters |= templates.filters
@@ -398,6 +418,7 @@ def _as_input_error(name: str) -> Iterator[None]:
     """What a task's configuration or data can make lm-eval raise, as one line."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
+    from yaml import YAMLError
 
     try:
         yield
@@ -405,7 +426,7 @@ def _as_input_error(name: str) -> Iterator[None]:
         raise
     except ConnectionError as error:
         raise InputError(f"the data of task {name} are not on this machine ({first_line(error)})") from error
-    except (*_TASK_ERRORS, DatasetsError, TemplateError) as error:
+    except (*_TASK_ERRORS, DatasetsError, TemplateError, YAMLError) as error:
         raise InputError(f"task {name} cannot be run: {type(error).__name__}: {first_line(error)}") from error
 
 

@@ -37,7 +37,8 @@ SWITCHES = ("enable_thinking", "thinking", "reasoning")
 
 _MARK, _THOUGHT = "safetyheads", "pondering"  # no template changes these, and no template writes them
 _TAG = r"(<[^<>\s]+>|\[[^\[\]\s]+\])"  # one mark of a think block
-_SECONDS = 2
+RENDER_SECONDS = 2
+"""Seconds that a template may take, of a chat or of a task."""
 _CLOCK = "{{% macro strftime_now(format) %}}{}{{% endmacro %}}"  # what templates call to get today's date
 _TIMES = 8  # so that a template's choice among a few texts shows
 _DATED = "the chat template writes today's date into the prompts; the same command on another day is another run"
@@ -384,7 +385,7 @@ class BoundTemplate(NamedTuple):
     def _apply(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
         if self.takes_parts:
             messages = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-        with time_limit(_SECONDS):
+        with time_limit(RENDER_SECONDS):
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
 
 
