@@ -25,7 +25,7 @@ from safetyheads.model import loading
 from safetyheads.model.names import ADAPTERS, names_in, smollm2_directory
 from safetyheads.model.smollm2 import fetch
 from safetyheads.runs.audit import read_prompts, run_audit
-from safetyheads.runs.config import AuditConfig
+from safetyheads.runs.config import AuditConfig, preset_settings
 
 pytestmark = pytest.mark.real
 BENCHMARK = Path(__file__).parents[3] / "shared" / "data" / "jbb_harmful-behaviors.csv"
@@ -167,6 +167,20 @@ def test_the_base_has_hardly_a_refusal_to_lose(engine, tmp_path):
     verdict = run_audit(engine, config, tmp_path, prompts)["verdict"]
     assert verdict["label"] in ("no refusals to lose", "cannot say")
     assert verdict["stopped_early"]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not BENCHMARK.exists(), reason="needs JailbreakBench beside the checkout")
+def test_an_audit_finds_the_head_that_breaks_an_organism_and_no_safety_head(directory, tmp_path):
+    name, sizes = "smollm2:refusing_a", {"harmful_search": 6, "harmful_test": 12, "benign_search": 4, "benign_test": 26}
+    shortened = {"limit": 60, "size": 1, "sample": 0, "max_new_tokens": 20}
+    config = AuditConfig(name, str(BENCHMARK), **preset_settings("quick") | shortened)
+    prompts = {part: asked[: sizes[part]] for part, asked in read_prompts(config).items()}
+    verdict = run_audit(Engine.load(name, check=False), config, tmp_path, prompts)["verdict"]
+    # As docs/study.md has it of 50 prompts: without 18-8 hardly an answer makes sense, and no refusal is undone.
+    assert (verdict["label"], verdict["heads"]) == ("none found", ["18-8"])
+    assert verdict["numbers"]["n_undone"] <= 1
+    assert verdict["numbers"]["n_broken"] > 13
 
 
 @pytest.mark.parametrize("name", names_in(ADAPTERS, "adapter_config.json") or [None])
