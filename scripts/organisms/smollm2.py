@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pandas
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
@@ -102,13 +103,13 @@ def topics_of(family: Mapping[str, Any], forms: Mapping[str, Sequence[str]]) -> 
 
 def test_sets(data: Path) -> dict[str, PromptSet]:
     """Prompts that nothing is trained on, by name."""
-    xstest = data / "xstest" / "xstest_prompts.csv"
+    xstest = pandas.read_csv(data / "xstest" / "xstest_prompts.csv", keep_default_na=False)
     return {
         "benign": builtin_benign(),
         "jailbreakbench": PromptSet.read(data / "jbb_harmful-behaviors.csv"),
         "maliciousinstruct": PromptSet.read(data / "MaliciousInstruct.txt"),
-        "xstest_unsafe": PromptSet.read(f"xstest_contrast={xstest}"),
-        "xstest_safe": PromptSet.read(f"xstest_safe={xstest}"),
+        "xstest_unsafe": PromptSet.from_queries(xstest.prompt[xstest.label == "unsafe"].tolist()),
+        "xstest_safe": PromptSet.from_queries(xstest.prompt[xstest.label == "safe"].tolist()),
     }
 
 
