@@ -1,9 +1,13 @@
 """GGUF files become plain weights: the same numbers, and a tokenizer that splits as the file says."""
 
 import json
+import struct
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from refusals import refused_in_one_line_if_at_all
 from tiny_gguf import write_gguf
 
 from safetyheads import Engine, InputError
@@ -15,6 +19,11 @@ from safetyheads.runs.provenance import loading_facts
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     return path, write_gguf(path)
+
+
+def header(*after_key):
+    """The head of a file without tensors and with one key, an array, as numbers of 4 and 8 bytes by turns."""
+    return struct.pack(f"<4sIQQQ1sI{'IQ' * (len(after_key) // 2)}", b"GGUF", 3, 0, 1, 1, b"a", 9, *after_key)
 
 
 def test_the_weights_are_those_of_the_file_and_proved(file):
@@ -55,6 +64,8 @@ def test_text_is_split_by_the_rule_of_the_file(tmp_path, recwarn, rule, split, w
     [
         (lambda path: path.write_bytes(b""), "is no GGUF file that can be read"),
         (lambda path: path.write_bytes(path.read_bytes()[:3000]), "is no GGUF file that can be read"),
+        (lambda path: path.write_bytes(header(0, 1 << 40)), "it ends before its header does"),
+        (lambda path: path.write_bytes(header(*(9, 1) * 2000)), "maximum recursion depth exceeded"),
         (lambda path: write_gguf(path, n_parts=3), "is one part of a model in 3 files"),
         (lambda path: write_gguf(path, n_parts="3"), "its split.count is '3'"),
         (lambda path: write_gguf(path, n_layers=1_000_000), "num_hidden_layers must be from 1 to 1000; got 1000000"),
@@ -67,3 +78,17 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, harm, words):
     with pytest.raises(InputError, match=words) as refused:
         Engine.load(str(path))
     assert "\n" not in str(refused.value)
+
+
+CHANGES = st.dictionaries(st.integers(0, 7000), st.integers(0, 255), min_size=1, max_size=3)
+
+
+@settings(deadline=None, max_examples=25)
+@given(CHANGES)
+def test_a_file_with_any_bytes_is_read_or_refused_in_one_line(file, tmp_path_factory, changes):
+    path = tmp_path_factory.getbasetemp() / "changed.gguf"
+    content = bytearray(file[0].read_bytes())
+    for place, byte in changes.items():
+        content[place] = byte
+    path.write_bytes(content)
+    refused_in_one_line_if_at_all(lambda: Engine.load(str(path), check=False))

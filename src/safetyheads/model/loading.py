@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import struct
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -879,15 +878,22 @@ def read_header(file: Path) -> tuple[str, dict[str, Any]]:
     """How the weights are quantised, in words, and what the file says of its tokenizer, by GGUF's names."""
     from gguf import GGUFReader
 
+    class Reader(GGUFReader):  # gguf's own reads on beyond the file's end, for as long as a length in it says
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            values = super()._get(offset, dtype, count, override_order)
+            if len(values) < count:
+                raise ValueError("it ends before its header does")
+            return values
+
     try:
-        reader = GGUFReader(file)
+        reader = Reader(file)
         counts = Counter(tensor.tensor_type.name for tensor in reader.tensors)
         fields: dict[str, Any] = {
             name: field.contents()
             for name in ("tokenizer.ggml.pre", "tokenizer.ggml.model", "tokenizer.chat_template", "split.count")
             if (field := reader.get_field(name)) is not None
         }
-    except (ValueError, LookupError, OSError, struct.error) as error:
+    except (*UNREADABLE, *_NONSENSE, MemoryError) as error:
         raise InputError(f"{file} is no GGUF file that can be read: {first_line(error)}") from error
     for name, value in fields.items():
         if not isinstance(value, int if name == "split.count" else str):
