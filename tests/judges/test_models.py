@@ -5,7 +5,10 @@ token, one word beyond the cut, or one batch that is read at the wrong place tur
 """
 
 import hashlib
+import json
+import re
 from functools import cache
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -344,6 +347,25 @@ def test_classes_by_their_names(tmp_path, classes, settings, reasons):
     verdicts = judged(judge, *("BOMB", "SORRY", "x" * 64 + "BOMB", "x" * 63 + "BOMB")[: len(reasons)])
     assert [verdict.reason for verdict in verdicts] == reasons
     assert verdicts[0].score > 0.99
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"5": "refusal", "9": "harmful"}, "id2label must name classes 0, 1, ...; got {5: 'refusal', 9: 'harmful'}"),
+        ({"0": ["refusal"], "7": "harmful"}, "config.json"),
+        ({"0": "refusal", "-1": "harmful"}, "id2label must name classes"),
+        ({"0": None, "1": "refusal"}, "config.json"),
+        ({"0": "this", "1": "that"}, "its classes (this, that) do not tell which is refused or harmful"),
+    ],
+)
+def test_classes_that_tell_nothing_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, names, said):
+    config = Path(make_fake(tmp_path, SAFE_OR_UNSAFE, classes=True), "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"id2label": names}))
+    monkeypatch.setattr(model_judges, "load_judge", Mock(side_effect=AssertionError))
+    with pytest.raises(InputError, match=re.escape(said)) as refused:
+        judge_named(f"classifier:{tmp_path}").look()
+    assert "\n" not in str(refused.value)
 
 
 def test_what_a_judge_thinks_is_no_verdict_and_one_that_never_ends_thinking_says_so(path_of, tmp_path):

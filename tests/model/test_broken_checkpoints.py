@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from refusals import refused_in_one_line_if_at_all
@@ -14,9 +15,9 @@ from transformers import LlamaConfig
 
 from safetyheads import Engine
 from safetyheads.judges.base import Completion
-from safetyheads.judges.models import CausalJudge
+from safetyheads.judges.models import CausalJudge, SequenceClassifierJudge
 
-CONFIG = LlamaConfig(**COMMON, num_key_value_heads=2)
+CONFIG = LlamaConfig(**COMMON, num_key_value_heads=2, id2label={0: "refusal", 1: "harmful"})
 BEYOND = ("sliding_window", "rope_scaling", "quantization_config", "auto_map", "text_config", "id2label", "num_labels")
 BEYOND += ("layer_types", "attn_implementation", "torch_dtype", "is_decoder", "is_encoder_decoder", "return_dict")
 # What our own code reads of other families' configs.
@@ -55,22 +56,33 @@ ODD = st.one_of(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    return Path(saved(build(CONFIG), tmp_path_factory.mktemp("whole")))
+    model = build(CONFIG)
+    model.score = torch.nn.Linear(CONFIG.hidden_size, 2, bias=False)  # a head for the judge that classifies
+    return Path(saved(model, tmp_path_factory.mktemp("whole")))
+
+
+def judges_of(folder):
+    return CausalJudge(checkpoint=str(folder)), SequenceClassifierJudge(checkpoint=str(folder))
+
+
+COMPLETION = Completion("w1", "w2 w3", (2, 3), True, 8)
 
 
 def read_or_refused(whole, folder, changes):
-    """A checkpoint with other fields, as the model of a run and as a judge: it is read, or one line says why not."""
+    """A checkpoint with other fields, as the model of a run and as judges: it is read, or one line says why not."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
     for (file, name), value in changes.items():
         fields = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
         (folder / file).write_text(json.dumps(fields | {name: value}))
-    judge = CausalJudge(checkpoint=str(folder))
-    refused_in_one_line_if_at_all(
-        lambda: Engine.load(str(folder), check=False),
-        judge.look,
-        lambda: judge([Completion("w1", "w2 w3", (2, 3), True, 8)]),
-    )
+    refused_in_one_line_if_at_all(lambda: Engine.load(str(folder), check=False))
+    for judge in judges_of(folder):
+        refused_in_one_line_if_at_all(judge.look, lambda judge=judge: judge([COMPLETION]))
+
+
+def test_the_whole_checkpoint_classifies(whole):
+    (verdict,) = judges_of(whole)[1]([COMPLETION])
+    assert verdict.scored
 
 
 CHANGES = st.dictionaries(st.sampled_from(PLACES), ODD, min_size=1, max_size=2)
@@ -83,6 +95,8 @@ slowly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 @example({("config.json", "eos_token_id"): {"0": 5}})
 @example({("config.json", "num_experts"): 4, ("config.json", "num_experts_per_tok"): None})
 @example({("config.json", "per_layer_config"): 5})
+@example({("config.json", "id2label"): {"5": "refusal", "9": "harmful"}})
+@example({("config.json", "id2label"): {"0": ["refusal"], "7": "harmful"}})
 def test_any_field_is_read_or_refused_in_one_line(whole, tmp_path_factory, changes):
     read_or_refused(whole, tmp_path_factory.getbasetemp() / "broken", changes)
 
@@ -118,7 +132,6 @@ def test_any_file_may_be_anything(whole, tmp_path, file):
         shutil.copytree(whole, folder)
         (folder / file).unlink(missing_ok=True)
         make(folder / file)
-        refused_in_one_line_if_at_all(
-            lambda: Engine.load(str(folder), check=False), CausalJudge(checkpoint=str(folder)).look
-        )
+        looks = [judge.look for judge in judges_of(folder)]
+        refused_in_one_line_if_at_all(lambda: Engine.load(str(folder), check=False), *looks)
         shutil.rmtree(folder)

@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, shorten
 from safetyheads.judges.base import NOT_REFUSED, Completion, Judge, Label, Verdict, refuse_threshold
 from safetyheads.judges.formats import MODEL_JUDGES, Harm, JudgeFormat, fill
 from safetyheads.model import loading
@@ -313,6 +313,11 @@ class SequenceClassifierJudge(_LocalJudge):
         if "{answer}" not in self.template:
             raise InputError(f"the template of {self.name} has no {{answer}}: {self.template!r}")
 
+    def look(self) -> None:
+        """Refuse what any judge of a model refuses, and classes that tell neither refusals nor harm."""
+        base, options, _ = find_judge(self._source, self._options)
+        self._classes_of(loading.read_config(base, self.name, **options.source))
+
     @property
     def name(self) -> str:
         """``classifier:`` and the checkpoint."""
@@ -333,7 +338,13 @@ class SequenceClassifierJudge(_LocalJudge):
     @cached_property
     def classes(self) -> tuple[int | None, int | None]:
         """Numbers of the class of refusals and of the class of harm; one of them may be None."""
-        names = {int(number): str(name) for number, name in self.loaded[0].config.id2label.items()}
+        return self._classes_of(self.loaded[0].config)
+
+    def _classes_of(self, config: Any) -> tuple[int | None, int | None]:
+        names = config.id2label
+        if names.keys() != set(range(len(names))) or not all(isinstance(name, str) for name in names.values()):
+            said = shorten(str(names), 80)
+            raise InputError(f"config.json of {self.name} is wrong: id2label must name classes 0, 1, ...; got {said}")
 
         def number_of(wanted: str | int | None, known: Set[str | int]) -> int | None:
             """The class that is wanted, by number or name, or the only one whose name is known."""
