@@ -240,6 +240,24 @@ def test_patterns_that_never_end_are_refused(broken, monkeypatch, changes):
     assert "has a pattern that may never end: " in refusal(*broken)
 
 
+def test_a_pattern_that_never_ends_on_the_names_of_the_base_alone_is_refused(broken, monkeypatch):
+    monkeypatch.setattr(loading, "_INJECTION_SECONDS", 0.5)
+    change_config(broken[1], target_modules="(?=.*layernorm)(.+)*@")
+    assert refusal(*broken) == "the adapter A has a pattern that may never end on the names of B"
+
+
+@pytest.mark.parametrize("field", ["modules_to_save", "target_parameters"])
+@pytest.mark.parametrize(("names", "said"), [(["nope"], "names 'nope', which the base lacks"), ([5], ""), (5, "")])
+def test_a_field_that_names_nothing_of_the_base_is_refused(broken, field, names, said):
+    change_config(broken[1], **{field: names})
+    assert said in refusal(*broken)
+
+
+def test_of_the_heads_that_peft_names_for_every_classifier_a_base_may_lack_some(broken):
+    change_config(broken[1], modules_to_save=["classifier", "score"])
+    Engine.load(broken[0], adapter=str(broken[1]), check=False)
+
+
 @pytest.mark.parametrize("changes", [{"r": 10**9}, {"rank_pattern": {"q_proj": 10**9}}])
 def test_a_rank_for_which_the_weights_are_too_few_is_refused(broken, changes):
     change_config(broken[1], **changes)

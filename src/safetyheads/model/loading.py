@@ -575,6 +575,10 @@ _WHEREABOUTS = ("base_model_name_or_path", "revision", "inference_mode", "peft_v
 # Patterns such as (a|a)*b take for ever on some names of modules; a sound one takes no time on these.
 _MODULE_NAMES = ("model.layers.31.self_attn.q_proj", "transformer.h.11.attn.c_attn", "a" * 64, "a." * 32)
 _PATTERN_SECONDS = 2
+# For all patterns on all names of the base, of every thread together; putting modules in takes seconds.
+_INJECTION_SECONDS = 300
+# Heads that peft names in the config of every classifier's adapter, whichever of them its base has.
+_CLASSIFIER_HEADS = ("classifier", "score")
 _FETCHED = (
     f"{_ADAPTER_CONFIG} {_ADAPTER_WEIGHTS} tokenizer* special_tokens_map.json chat_template* vocab* merges*".split()
 )
@@ -690,7 +694,15 @@ def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
     try:
         config = PeftConfig.from_pretrained(str(adapter.directory))
         config.inference_mode = True
-        inject_adapter_in_model(config, model, _ADAPTER_NAME)
+        # As peft compares them: by any end of a module's name, and by whole parts of a parameter's.
+        fields = (("modules_to_save", model.named_modules, ""), ("target_parameters", model.named_parameters, "."))
+        for field, named, dot in fields:
+            places = [f".{place}" for place, _ in named(remove_duplicate=False)]
+            for name in adapter.config.get(field) or ():
+                if name not in _CLASSIFIER_HEADS and not any(place.endswith(dot + name) for place in places):
+                    raise InputError(f"its {field} names {shorten(repr(name))}, which the base lacks")
+        with time_limit(_INJECTION_SECONDS):
+            inject_adapter_in_model(config, model, _ADAPTER_NAME)
         if adapter.config.get("layer_replication"):
             # The model's config says how to attend; layers that peft copied would keep the old way.
             shared = model.config.get_text_config(decoder=True)
@@ -704,6 +716,10 @@ def put_on(model: PreTrainedModel, adapter: Adapter, base: str) -> None:
         # What stands for whole modules is looked up by names without peft's prefix, factors by names with it.
         tensors = {name if ".lora_" in name else name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
         report: Any = set_peft_model_state_dict(model, tensors, _ADAPTER_NAME)
+    except TimeoutError:
+        raise InputError(
+            f"the adapter {adapter.name} has a pattern that may never end on the names of {base}"
+        ) from None
     except KeyError as error:
         raise InputError(f"{refused}: it lacks {error.args[0] if error.args else 'something'}") from error
     except (SafetensorError, UnpicklingError) as error:
