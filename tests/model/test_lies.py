@@ -7,6 +7,8 @@ import pytest
 import torch
 from tiny_models import engine_of, prompts_of
 from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -54,7 +56,44 @@ def another_model(engine):
     engine.model = copy.deepcopy(engine.model)
 
 
+def helpful(_, __, output):
+    return output
+
+
+helpful.__module__ = "transformers.helpful"
+
+
+def other_projection(engine):
+    projection = engine.architecture.attentions[1].o_proj
+    projection.weight = torch.nn.Parameter(torch.zeros_like(projection.weight))
+
+
 CHANGES = {
+    "hook under another's name": (
+        lambda engine: engine.architecture.attentions[0].register_forward_hook(helpful),
+        "model.layers.0.self_attn has other forward hooks",
+    ),
+    "another weight": (other_projection, "model.layers.1.self_attn.o_proj has another weight"),
+    "buffer in place": (
+        lambda engine: engine.model.model.rotary_emb.inv_freq.zero_(),
+        "rotary_emb has another inv_freq",
+    ),
+    "RoPE's scaling": (
+        lambda engine: setattr(engine.model.model.rotary_emb, "attention_scaling", 3),
+        "rotary_emb has another attention_scaling",
+    ),
+    "norm": (
+        lambda engine: setattr(engine.architecture.final_norm, "variance_epsilon", 10.0),
+        "model.norm has another variance_epsilon",
+    ),
+    "attention's scaling": (
+        lambda engine: setattr(engine.architecture.attentions[1], "scaling", 0.01),
+        "model.layers.1.self_attn has another scaling",
+    ),
+    "layer's index": (
+        lambda engine: setattr(engine.architecture.attentions[2], "layer_idx", 0),
+        "model.layers.2.self_attn has another layer_idx",
+    ),
     "hook of a collected generator": (
         hook_of_a_collected_generator,
         "model.layers.0.self_attn has other forward hooks",
@@ -102,6 +141,40 @@ def test_autocast_is_refused_within_and_forgotten_after():
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(SafetyheadsError, match="autocast is on"):
         ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION)
     assert torch.equal(before, ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION).values)
+
+
+class OtherFunctions(TorchFunctionMode):
+    def __torch_function__(self, function, types, given=(), named=None):
+        return function(*given, **(named or {}))
+
+
+class OtherDispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, given=(), named=None):
+        return function(*given, **(named or {}))
+
+
+@pytest.mark.parametrize("mode", [OtherFunctions, OtherDispatch])
+def test_modes_that_change_torchs_functions_are_refused_within(mode):
+    engine = engine_of("llama_gqa")
+    with mode(), pytest.raises(SafetyheadsError, match="a mode that changes torch's functions is on"):
+        ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION)
+    with torch.device("cpu"):
+        ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION)
+
+
+def test_announced_weights_are_no_change_within_and_proving_them_approves_nothing_after():
+    engine = engine_of("llama_gqa")
+    projection = engine.architecture.attentions[1].o_proj
+    before = projection.weight
+    with engine.weights_changed():
+        other_projection(engine)
+        ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION)
+        projection.weight = torch.nn.Parameter(before * 0.5)
+        engine.check()
+    with pytest.raises(SafetyheadsError, match="o_proj has another weight"):
+        ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION)
+    projection.weight = before
+    ships(engine, PROMPTS, UNDIFFERENTIATED_ATTENTION)
 
 
 @pytest.mark.parametrize("named", ["a forward method", "an attention", "a mask"])

@@ -5,11 +5,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import unwrap
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import _FlopCounterMode
 
 from safetyheads.ablation import Ablation, AnyAblation
 from safetyheads.display import Shown
@@ -314,11 +319,13 @@ class Engine(Shown):
     @contextmanager
     def weights_changed(self) -> Iterator[None]:
         """Within, the model has other weights: scorers that were made before refuse to score, and work again after."""
-        version, self.weights_version = self.weights_version, object()
+        version, state = self.weights_version, self._state
+        self.weights_version = object()
+        self._state = {name: facts[:-1] if name else facts for name, facts in state.items()}  # whatever the tensors
         try:
             yield
         finally:
-            self.weights_version = version
+            self.weights_version, self._state = version, state
 
     def ablation_calls(self, groups: Sequence[Group], ablation: Ablation) -> dict[int, AttentionCall]:
         """Turns head groups, one a batch row, into the ablation call of each layer."""
@@ -442,8 +449,8 @@ class Engine(Shown):
         return logits(self.model, self.architecture, hidden, self.capabilities.plain_head)
 
 
-# What was done to a model since it was proved: what a claim about it rests on, apart from its weights' numbers. Weights
-# that were changed in place are not seen; ``Engine.weights_changed`` announces these.
+# What was done to a model since it was proved: what a claim about it rests on, apart from its weights' numbers.
+# Parameters that were changed in place are not seen; ``Engine.weights_changed`` announces these.
 
 State: TypeAlias = Mapping[str, tuple[Any, ...]]
 """By module: the values of ``_FACTS``; under an empty name, what holds for all of torch."""
@@ -457,14 +464,22 @@ _FACTS = (
     "was compiled, or is no longer",
     "computes attention by {}",
     "has weights of {}",
+    "has another {}",  # setting
     "has other adapters in force",
+    "has another {}",  # parameter or buffer: the last one, which may change where weights are announced to
 )
 _OF_ALL = (
     "autocast is on, or no longer",
     "there are other global hooks",
     "another attention or mask is registered under our name",
+    "a mode that changes torch's functions is on, or no longer",
 )
-_ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters")
+_ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+_SETTINGS = frozenset((bool, int, float, str))
+# Facts of their own, of training alone, or set by a pass.
+_NO_SETTINGS = ("training", "gradient_checkpointing", "max_seq_len_cached", "compute_type_is_set")
+# They say where new tensors are, or count.
+_HARMLESS_MODES = (DeviceContext, _FlopCounterMode)
 # Hooks of these are part of how a model or a method works, and are taken off by who put them on.
 _KNOWN_HOOKS = ("safetyheads.", "transformers.", "accelerate.", "peft.", "torch.utils.")
 
@@ -479,8 +494,11 @@ def ask(engine: Engine, prompts: AnyPrompts) -> AskedPrompts:
 def state_of(model: nn.Module) -> State:
     """The state of a model, without a pass over it."""
     found: dict[str, tuple[Any, ...]] = {}
+    kinds = {parameter.device.type for parameter in model.parameters()}
+    is_offloaded = "meta" in kinds  # accelerate makes parameters anew in each pass
     for name, module in model.named_modules():
         own = vars(module)
+        moves = "rope_type" in own and _follows_rows(own)
         dtypes = {str(each.dtype).removeprefix("torch.") for each in own["_parameters"].values() if each is not None}
         found[name or type(model).__name__] = (
             module,
@@ -490,12 +508,16 @@ def state_of(model: nn.Module) -> State:
             own.get("_compiled_call_impl"),
             getattr(own.get("config"), "_attn_implementation", None),
             ", ".join(sorted(dtypes)),
+            frozenset(_settings(own, moves)),
             tuple(str(own[name]) for name in _ADAPTERS if name in own),
+            frozenset(() if is_offloaded else _tensors(own, moves)),
         )
-    kinds = {parameter.device.type for parameter in model.parameters()} - {"meta"}
+    kinds -= {"meta"}
     cast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds) if torch.is_autocast_enabled(kind))
     everywhere = (torch_modules._global_forward_pre_hooks, torch_modules._global_forward_hooks)
-    return {**found, "": (cast, tuple(_hooks(*everywhere)), registered())}
+    modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
+    changing = tuple(mode for mode in modes if type(mode) not in _HARMLESS_MODES)
+    return {**found, "": (cast, tuple(_hooks(*everywhere)), registered(), changing)}
 
 
 def change(before: State, now: State) -> str | None:
@@ -504,16 +526,44 @@ def change(before: State, now: State) -> str | None:
         if name not in now or name not in before:
             return f"{name} {'was added' if name in now else 'is gone'}"
         old, new = before[name], now[name]
-        for words, one, other in zip(_FACTS if name else _OF_ALL, old, new, strict=True):
+        for words, one, other in zip(_FACTS if name else _OF_ALL, old, new, strict=False):
             if one != other:
-                return f"{name} {words.format(other)}".strip()
+                is_set = isinstance(other, frozenset)
+                said = min(fact[0] for fact in one ^ other) if is_set else other
+                return f"{name} {words.format(said)}".strip()
     return None
+
+
+def _settings(own: Mapping[str, Any], moves: bool) -> Iterator[tuple[str, Any]]:
+    """The plain values among a module's own attributes, by name."""
+    for name, value in own.items():
+        kind = type(value)
+        is_plain = kind in _SETTINGS or (kind is tuple and all(type(each) in _SETTINGS for each in value))
+        is_computed = moves and name.endswith("attention_scaling")
+        if is_plain and name[0] != "_" and name not in _NO_SETTINGS and not is_computed:
+            yield name, value
+
+
+def _tensors(own: Mapping[str, Any], moves: bool) -> Iterator[tuple[Any, ...]]:
+    """A module's own parameters and buffers by name: which object, and of buffers how often it was written."""
+    yield from own["_parameters"].items()
+    for name, buffer in own["_buffers"].items():
+        if not (moves and name.endswith("inv_freq") and not name.endswith("original_inv_freq")):
+            yield name, buffer, None if buffer is None or buffer.is_inference() else buffer._version
+
+
+def _follows_rows(own: Mapping[str, Any]) -> bool:
+    """Whether a module is a RoPE whose angles each pass computes anew, by the length of its row."""
+    kinds = own["rope_type"]
+    return any(kind in ("dynamic", "longrope") for kind in (kinds.values() if isinstance(kinds, dict) else (kinds,)))
 
 
 def _hooks(*tables: Mapping[int, Any]) -> Iterator[Any]:
     """Hooks that change what a model computes for all we know, and those of an ablation that was never taken off."""
     for hook in (hook for table in tables for hook in table.values()):
-        function = getattr(hook, "func", hook)
-        source = getattr(function, "__module__", None) or type(hook).__module__
+        function = unwrap(getattr(hook, "func", hook))
+        # Not its ``__module__``, which anybody may set.
+        known = getattr(function if hasattr(function, "__globals__") else type(function).__call__, "__globals__", {})
+        source = known.get("__name__", "")
         if is_ablation_hook(hook) or not source.startswith(_KNOWN_HOOKS):
             yield hook
