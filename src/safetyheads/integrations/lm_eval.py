@@ -418,7 +418,7 @@ def _as_input_error(name: str) -> Iterator[None]:
     """What a task's configuration or data can make lm-eval raise, as one line."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
-    from yaml import YAMLError
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     try:
         yield

@@ -515,7 +515,8 @@ def state_of(model: nn.Module) -> State:
     kinds -= {"meta"}
     cast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds) if torch.is_autocast_enabled(kind))
     everywhere = (torch_modules._global_forward_pre_hooks, torch_modules._global_forward_hooks)
-    modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
+    functions: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    modes = (*functions, *_get_current_dispatch_mode_stack())
     changing = tuple(mode for mode in modes if type(mode) not in _HARMLESS_MODES)
     return {**found, "": (cast, tuple(_hooks(*everywhere)), registered(), changing)}
 
