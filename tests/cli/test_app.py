@@ -176,6 +176,7 @@ def test_a_dry_run_needs_no_directory_and_a_file_of_settings_stands_behind_optio
     ("make", "said"),
     [
         (os.mkfifo, "cannot be read: it is no file"),
+        (lambda path: path.write_bytes(b"\xff"), "is not UTF-8 text"),
         (lambda path: path.write_text("x = ["), "is not TOML"),
         (lambda path: path.write_text("nosuch = 1"), "nosuch"),
     ],

@@ -206,6 +206,8 @@ def test_a_key_that_is_echoed_is_stored_nowhere(place, form):
 def test_a_key_in_the_address_is_not_shown():
     judge = EndpointJudge("grader", f"https://host/{KEY}/v1", KEY)
     assert judge.shown_url == judge.describe()["url"] == "https://host/[key]/v1"
+    # A key that stands for none may be a part of the host's name.
+    assert EndpointJudge("grader", "http://ollama:11434/v1", "ollama").shown_url == "http://ollama:11434/v1"
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,17 @@ def test_a_batch_of_equally_long_sequences_is_within_the_budget(n, prefix, rest,
     assert batch_tokens(lay_out(chosen, costs(n_heads=n_heads), budget), chosen) <= max(budget, prefix + rest)
 
 
+@pytest.mark.parametrize("prefix", [0, 800], ids=["no prefix", "a long prefix"])
+def test_masks_of_many_prompts_are_bounded_and_a_prefix_is_not_repeated_for_each(prefix):
+    chosen = [sequence(*[0] * prefix, *[1 + at % 300] * 40) for at in range(1000)]
+    made = lay_out(chosen, costs(), 4096)
+    masks = sum(pack(chosen, row).n_tokens ** 2 for row in made.rows)
+    # Least with as many own tokens in a row as the prefix has.
+    least = 1000 * 40 * 4 * prefix
+    assert masks <= 1.1 * max(1 << 25, least)
+    assert max(map(len, made.rows)) >= 0.9 * prefix / 40 + 1
+
+
 def on_small_device(fits, error):
     """A run over items on a device with memory for so many at once; what it tried, and what it did."""
     tried, done = [], []

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from transformers import GenerationConfig
@@ -21,13 +22,14 @@ from safetyheads.judges.endpoint import EndpointWarning
 from safetyheads.judges.function import CallableJudge
 from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.measures.head_pass import HeadPass
+from safetyheads.prompts.templates import Template
 from safetyheads.runs import check
 from safetyheads.runs import kept_answers as kept_module
 from safetyheads.runs import run as run_module
 from safetyheads.runs.config import AsrConfig, CheckConfig, Progress, SaharaConfig, ScanConfig, ShipsConfig
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.exhaustive_scan import run_scan
-from safetyheads.runs.run import refuse_beyond_memory, run_directory
+from safetyheads.runs.run import chosen_line, refuse_beyond_memory, run_directory
 from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
 
 MODEL = "demo:aligned_a"
@@ -92,6 +94,18 @@ def test_screenings_and_openers_are_kept(organism, tmp_path, monkeypatch):
     assert found["openers"]
     ranked = twice(run_ships, organism, ShipsConfig(MODEL, "demo", **screened), tmp_path / "ships", monkeypatch)
     assert len(ranked["heads"]) == 5
+
+
+def test_the_first_line_says_which_template_and_judges_and_why():
+    def said(chat_template, given, **settings):
+        engine = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=chat_template))
+        return chosen_line(engine, ScanConfig(MODEL, "prompts.txt", "none", **settings), given, Template.parse("chat"))
+
+    has, lacks = (f"the tokenizer has {article} chat template" for article in ("a", "no"))
+    assert said("{{ messages }}", False, judges=("phrases",)) == f"template chat ({has}), judge phrases ({has})"
+    assert said(None, False, judges=("paper",), template="chat") == f"template chat (as asked), judge paper ({lacks})"
+    several = "judges paper, phrases (as asked; the first leads)"
+    assert said(None, True, judges=("paper", "phrases")) == f"template chat ({lacks}), {several}"
 
 
 def test_what_a_checkpoint_asks_of_generation_and_is_not_done_is_in_warnings_manifest_and_check(

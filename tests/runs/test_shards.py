@@ -12,6 +12,7 @@ import time
 import tracemalloc
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,8 @@ from safetyheads.runs.single_steps import run_asr, run_sahara, run_ships
 
 MODEL = "demo:aligned_a"
 SHORT = {"limit": 6, "max_new_tokens": 12, "memory": 1.0}
-SCREEN = {"screen": True, "candidates": 3, "sample": 2}
-AUDIT = AuditConfig(MODEL, "demo", "demo", size=2, n_random=2, anyway=True, damage_tokens=2, **SCREEN, **SHORT)
+AUDIT = AuditConfig(MODEL, "demo", "demo", size=2, n_random=2, anyway=True, damage_tokens=2, **SHORT)
+SCREENED = replace(AUDIT, screen=True, candidates=3, sample=2)
 SCAN = ScanConfig(MODEL, "demo", "demo", prefixes=2, **SHORT)
 BESIDE = ("starts", "timings.json", "set-aside")
 """What differs by nature: dates, seconds, machines."""
@@ -79,9 +80,10 @@ def test_the_command_plans_the_known_units_and_a_shard_of_it_ends_with_3(run, tm
         (run_sahara, SaharaConfig(MODEL, "demo", limit=6, size=1, memory=1.0)),
         (run_asr, AsrConfig(MODEL, "demo", groups=("1-3,2-5", "1-3"), query_level=2, **SHORT)),
         (run_audit, AUDIT),
+        (run_audit, SCREENED),
         (run_scan, SCAN),
     ],
-    ids=["ships", "sahara", "asr", "audit", "scan"],
+    ids=["ships", "sahara", "asr", "audit", "screened", "scan"],
 )
 def test_shards_of_one_directory_write_the_bytes_of_one_process(engine, tmp_path, monkeypatch, carry_out, config):
     monkeypatch.setattr(kept_answers, "_LEAST_PROMPTS", 2)  # so that unablated answers have several parts
@@ -90,7 +92,7 @@ def test_shards_of_one_directory_write_the_bytes_of_one_process(engine, tmp_path
     planned = dict(RunDirectory.look(tmp_path / "many").planned())
     assert len(planned.get("unablated", ())) > 4 or carry_out in (run_ships, run_sahara, run_asr)
     assert 1 < n <= carry_out(engine, config, tmp_path / "none", dry_run=True)["rounds"]
-    if config is AUDIT:  # units are the rounds, and what is left with the sample: 5 a step, and not 32
+    if config is SCREENED:  # units are the rounds, and what is left with the sample: 5 a step, and not 32
         reached = RunDirectory.look(tmp_path / "many").planned()
         planned = [(stage, units) for stage, units in reached if "harmful_search" in stage]
         assert any(stage.startswith("screening-") for stage, _ in planned)

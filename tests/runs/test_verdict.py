@@ -107,6 +107,13 @@ def test_every_combination_has_its_label(refuses, cannot):
         assert len(walked) == 6
 
 
+def test_every_number_of_the_sentence_has_its_n():
+    sentence = verdict_of(replace(SOUND, repeatability=0.96, n_resamples=1000, most_random_undone=6), LIMITS).sentence
+    assert "39 random groups undo .05 on average and at most 6 of 94" in sentence
+    assert "KL on benign prompts: .005 nats (n 76)" in sentence
+    assert "repeatability of the group: .96 of 1,000 resamples of the search half" in sentence
+
+
 def test_a_label_that_no_random_group_can_change_needs_none():
     none = {"n_random": 0, "n_as_good": 0, "settled": True}
     for damage in DAMAGE:

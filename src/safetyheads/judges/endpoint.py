@@ -203,7 +203,8 @@ class EndpointJudge(Judge):
             return ""
         if scheme not in ("http", "https") or not parts.hostname or len(self.base_url) > _LONGEST_ADDRESS:
             return ""
-        return self._without_key(f"{parts.scheme}://{parts.hostname}{port}{parts.path.rstrip('/')}")
+        # A host is no secret, and a key that stands for none may be a part of its name.
+        return f"{parts.scheme}://{parts.hostname}{port}{self._without_key(parts.path.rstrip('/'))}"
 
     def describe(self) -> dict[str, Any]:
         """Model, address, settings and rubric, for the manifest; not the key."""

@@ -26,7 +26,7 @@ CPU_TOKENS = 4096
 CUDA_TOKENS = 65536
 # The mask of a row has this number squared of entries.
 _LONGEST_ROW = 4096
-# Bytes of the masks of all rows together: of many prompts, rows are shorter.
+# Bytes that the masks of all rows may take together, if shorter rows can do with fewer.
 _MASKS_AT_ONCE = 1 << 25
 # Logits in flight together while next tokens are read: 176 MiB.
 _LOGITS_AT_ONCE = 1 << 22
@@ -72,9 +72,14 @@ def lay_out(sequences: Sequence[TokenSequence], costs: "ModelCosts", token_budge
         overhead = _OVERHEAD_TOKENS * costs.token / n_rows
         return (length * costs.token + n_pairs * costs.pair + overhead) / n
 
-    longest = min(token_budget, _LONGEST_ROW, _MASKS_AT_ONCE // (prefix + round(rest * len(sequences))))
+    def mask_bytes(n: int) -> float:
+        return len(sequences) / n * (prefix + n * rest) ** 2
+
+    longest = min(token_budget, _LONGEST_ROW)
     most = max(1, int((longest - prefix) // max(rest, 1))) if quick.packs else 1
-    n_per_row = min(range(1, min(most, len(sequences)) + 1), key=cost_per_sequence)
+    numbers = range(1, min(most, len(sequences)) + 1)
+    allowed = max(_MASKS_AT_ONCE, min(map(mask_bytes, numbers)))
+    n_per_row = min((n for n in numbers if mask_bytes(n) <= allowed), key=cost_per_sequence)
     n_rows = -(-len(sequences) // n_per_row)
     base, extra = divmod(len(sequences), n_rows)
     starts = [number * base + min(number, extra) for number in range(n_rows + 1)]

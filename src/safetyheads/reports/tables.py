@@ -7,8 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 Facts: TypeAlias = Mapping[str, Any]
-"""Results of a run or a part of them, as JSON has it; of a comparison with ``quantities``, ``gates`` and ``exit_code``.
-"""
+"""Results or a part of them, as JSON; a comparison also has ``quantities``, ``gates`` and ``exit_code``."""
 
 # Numbers.
 

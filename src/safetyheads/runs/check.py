@@ -19,7 +19,7 @@ _PARTS = ("before the query", "the query", "after the query", "prefilled answer"
 # Queries that are not like any; of these the one counts that has the least in common with what is shown.
 _OTHERS = ("0", "x", "?")
 _WORD_STARTS = ("▁", "Ġ")
-# Of a model's architecture, as they are.
+# Facts of the architecture that are shown unchanged.
 _FACTS = (
     *("family", "n_layers", "d_model", "d_mlp", "active_experts"),
     *("vocabulary_size", "context_length", "windows", "turns"),

@@ -181,7 +181,7 @@ def prompts_together(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def blocks_of(n_prompts: int) -> list[range]:
-    """Prompts, by number, in the blocks that are answered apart: memory then does not grow with the prompts."""
+    """Prompts, by number, in the blocks that are answered apart: of one at a time drafts are in memory."""
     n_blocks = ceil(n_prompts / _PROMPTS_TOGETHER)
     return [range(n_prompts * at // n_blocks, n_prompts * (at + 1) // n_blocks) for at in range(n_blocks)]
 
@@ -400,20 +400,20 @@ class KeptAnswers:
         n_incomplete = sum(not decoded.complete for decoded in answers)
         return answers, Economy(len(answers), 0, 0, 0, n_incomplete, n_tokens, n_tokens)
 
-    def _key(self, ablation: Ablation | None = None, block: range = range(0)) -> str:
+    def _key(self, ablation: Ablation | None = None, block: range | None = None) -> str:
         """Ends the names of what is remembered of the drafts, under an ablation or at all."""
         sampling = self.decoding.sampling
         ablated = "" if ablation is None else f"_{ablation.key}"
         sampled = "" if sampling.top_k == 1 else f"_{sampling.name}"
         n_tokens = self.decoding.max_new_tokens
         short = "" if n_tokens == self.judging.max_new_tokens else f"_{n_tokens}"
-        begins = f"_from_{block.start}" if block.start else ""
-        return f"{self.name}{ablated}_{sampling.seed}{sampled}{short}{begins}"
+        part = "" if block is None or len(self._blocks) == 1 else f"_from_{block.start}_to_{block.stop}"
+        return f"{self.name}{ablated}_{sampling.seed}{sampled}{short}{part}"
 
     def _drafts_pay(self, n_groups: int, ablation: Ablation) -> bool:
         """Whether groups are answered by drafts; a resumed run decides as the first start did."""
         known, fit = self.directory.remembered(), f"drafts_fit_{self._key()}"
-        if n_groups < _LEAST_DRAFTED and f"plan_drafts_{self._key(ablation)}" not in known:
+        if n_groups < _LEAST_DRAFTED and f"plan_drafts_{self._key(ablation, self._blocks[0])}" not in known:
             return False
         if fit not in known:
             fits = (drafts_fit(self.engine, *self._with_answers(block)) for block in self._blocks)

@@ -110,7 +110,7 @@ def owners(units: Units, count: int) -> dict[str, int]:
 
 def array_text(indices: list[int]) -> str:
     """Indices as a job array takes them: ``1,4-6``."""
-    # Of numbers that follow each other, the distance from their places is one.
+    # Consecutive numbers differ from their places by the same amount.
     by_distance = groupby(enumerate(sorted(set(indices))), lambda pair: pair[1] - pair[0])
     runs = [[index for _, index in run] for _, run in by_distance]
     return ",".join("-".join(map(str, dict.fromkeys((run[0], run[-1])))) for run in runs)
