@@ -2,6 +2,7 @@
 
 import copy
 from functools import cache
+from types import FunctionType
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -101,5 +102,5 @@ def saved(model, path, tokens=None):
 
 def known(hook):
     """A hook that a test registers on purpose: the engine takes it for part of how the model works."""
-    hook.__module__ = "safetyheads.tests"
-    return hook
+    told = {**hook.__globals__, "__name__": "safetyheads.tests"}
+    return FunctionType(hook.__code__, told, hook.__name__, hook.__defaults__, hook.__closure__)
