@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -99,6 +100,16 @@ slowly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 @example({("config.json", "id2label"): {"0": ["refusal"], "7": "harmful"}})
 def test_any_field_is_read_or_refused_in_one_line(whole, tmp_path_factory, changes):
     read_or_refused(whole, tmp_path_factory.getbasetemp() / "broken", changes)
+
+
+@settings(slowly, max_examples=40)
+@given(st.sampled_from(sorted(peft.LoraConfig().to_dict())), ODD)
+def test_any_field_of_an_adapter_is_read_or_refused_in_one_line(whole, tmp_path_factory, name, value):
+    folder = tmp_path_factory.getbasetemp() / "adapter"
+    peft.get_peft_model(build(CONFIG), peft.LoraConfig(target_modules=["q_proj", "o_proj"])).save_pretrained(folder)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {name: value}))
+    refused_in_one_line_if_at_all(lambda: Engine.load(str(whole), adapter=str(folder), check=False))
 
 
 @pytest.mark.long
