@@ -261,8 +261,6 @@ def _run(
 
     ``read`` gives the prompts or tasks; ``first`` rows of the first table are shown.
     """
-    from safetyheads.runs.audit import why_too_few
-
     config, out = settled(config, where.out, kind)
     shard, machine = where.parsed_shard, where.parsed_machine
     _refuse(out, report, getattr(config, "store_completions", True))
@@ -270,12 +268,15 @@ def _run(
     progress = show.progress_for(output.quiet)
     with progress.track("reading prompts or tasks", 1):
         data = read(config)
-    if isinstance(config, AuditConfig) and (too_few := why_too_few(config, data)):
-        refuse_missing(config.model)  # a model that is not there is refused all the same
-        sentence = f"Cannot say: {too_few}. The model was not loaded; --anyway goes on."
-        verdict = {"label": "cannot say", "sentence": sentence, "stopped_early": True}
-        _show({"verdict": verdict}, output, lambda: show.print_lines([sentence]))
-        return 0
+    if isinstance(config, AuditConfig):
+        from safetyheads.runs.audit import why_too_few
+
+        if too_few := why_too_few(config, data):
+            refuse_missing(config.model)  # a model that is not there is refused all the same
+            sentence = f"Cannot say: {too_few}. The model was not loaded; --anyway goes on."
+            verdict = {"label": "cannot say", "sentence": sentence, "stopped_early": True}
+            _show({"verdict": verdict}, output, lambda: show.print_lines([sentence]))
+            return 0
     given = config, out, data, progress, sys.argv
     if machine is not None:
         results = run(machine.engine(config), *given, where.dry_run, shard, machine=machine)
