@@ -96,6 +96,8 @@ slowly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 @example({("config.json", "eos_token_id"): {"0": 5}})
 @example({("config.json", "num_experts"): 4, ("config.json", "num_experts_per_tok"): None})
 @example({("config.json", "per_layer_config"): 5})
+@example({("config.json", "output_hidden_states"): "silu"})
+@example({("config.json", "return_dict"): False, ("config.json", "output_attentions"): True})
 @example({("config.json", "id2label"): {"5": "refusal", "9": "harmful"}})
 @example({("config.json", "id2label"): {"0": ["refusal"], "7": "harmful"}})
 def test_any_field_is_read_or_refused_in_one_line(whole, tmp_path_factory, changes):

@@ -362,7 +362,10 @@ def bits_of_weights(model: PreTrainedModel) -> float:
 
 
 def read_config(path: str, name: str, **arguments: Any) -> PreTrainedConfig:
-    """A checkpoint's config, without the attention that it names, which ours replaces; ``name`` is for messages."""
+    """A checkpoint's config; ``name`` is for messages.
+
+    The attention that it names is left out, ours replaces it, and so is what it says of a pass's outputs.
+    """
     try:
         if "gguf_file" not in arguments:
             _refuse_wrong_settings(path, name, arguments["revision"], arguments["trust_remote_code"])
@@ -376,6 +379,8 @@ def read_config(path: str, name: str, **arguments: Any) -> PreTrainedConfig:
     for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
         if part is not None:
             part._attn_implementation_internal = None
+            # What a pass returns is for its caller to say; a classifier that was told to return a tuple has no logits.
+            part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
             _refuse_unknown_quantisation(getattr(part, "quantization_config", None), name)
     return config
 
