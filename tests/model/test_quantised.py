@@ -27,7 +27,7 @@ from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, Engine
 from safetyheads.errors import UnsupportedModelError
 from safetyheads.model import attention
 from safetyheads.model.architecture import Capabilities
-from safetyheads.model.loading import quantisation
+from safetyheads.model.loading import bases_shared, quantisation
 from safetyheads.model.proofs import ROUNDED, tolerances
 from safetyheads.runs.config import AuditConfig
 from safetyheads.runs.provenance import fingerprint, settings_of
@@ -133,6 +133,15 @@ def test_its_own_dtype_is_kept_whatever_is_asked_and_it_is_never_moved(path, dty
     assert engine.model.get_parameter("model.layers.0.self_attn.q_proj.weight").dtype == torch.int8
     stored = settings_of(engine, AuditConfig("m", "p", dtype=dtype), {"all": PROMPTS})
     assert (stored["quantisation"], stored["dtype"]) == (METHOD, "float32")
+
+
+def test_what_is_loaded_twice_from_one_quantised_base_shares_its_weights(path):
+    with bases_shared():
+        first, second = Engine.load(path), Engine.load(path)
+    assert set(first.model.parameters()) == set(second.model.parameters())
+    assert set(first.model.modules()).isdisjoint(second.model.modules())
+    alone, *shared = (ships(each, PROMPTS, UNDIFFERENTIATED_ATTENTION) for each in (Engine.load(path), first, second))
+    assert all(table.values.equal(alone.values) for table in shared)
 
 
 def test_fingerprints_tell_quantised_weights_and_their_scales_wherever_they_lie(path, tmp_path):

@@ -4,13 +4,17 @@ import json
 import weakref
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 from test_shards import bytes_of
 
 from safetyheads import InputError
 from safetyheads.answers import drafts
+from safetyheads.demo import checkpoint_path
 from safetyheads.errors import ElsewhereError, SafetyheadsError
+from safetyheads.model import loading
 from safetyheads.runs import kept_answers, sweep
 from safetyheads.runs.audit import run_audit
 from safetyheads.runs.config import Progress
@@ -112,6 +116,32 @@ def test_a_model_is_freed_before_the_next_one_is_read_and_one_too_large_stops_no
 
     with pytest.raises(RuntimeError, match="a fault of ours"):
         carry_out_sweep(audits, broken, Progress())
+
+
+def test_adapters_of_one_base_share_its_weights_and_each_has_the_bytes_that_it_has_alone(tmp_path, monkeypatch):
+    models, read, weights, really = [MODEL], [], [], loading.read_weights
+    for seed in range(2):
+        torch.manual_seed(seed)
+        base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint_path("aligned_a"))
+        settings = peft.LoraConfig(target_modules=["o_proj"], modules_to_save=["norm"], init_lora_weights=False)
+        peft.get_peft_model(base, settings).save_pretrained(tmp_path / f"adapter{seed}")
+        models.append({"model": MODEL, "adapter": str(tmp_path / f"adapter{seed}")})
+    monkeypatch.setattr(loading, "read_weights", lambda *given, **named: read.append(0) or really(*given, **named))
+
+    def load(config):
+        engine = load_engine(config, Progress(), proved=False)
+        weights.append(set(engine.model.parameters()))
+        return engine
+
+    audits = audits_of(SHORT | AXES | {"ablations": ["ua"], "models": models}, tmp_path / "all")
+    _, failed = carry_out_sweep(audits, load, Progress())
+    assert (failed, len(read)) == ({}, 1)
+    base, first, second = weights
+    assert (base - first, first & second) == (set(), base)
+    place, config = list(audits.items())[-1]
+    run_audit(load(config), config, tmp_path / "alone" / place.name)
+    assert len(read) == 2
+    assert bytes_of(tmp_path / "alone" / place.name) == bytes_of(place)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Loads a checkpoint, with an adapter where one is given; tells each thing that can go wrong in one clear line."""
 
+import copy
 import hashlib
 import json
 import os
@@ -7,7 +8,9 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
@@ -100,7 +103,7 @@ def load_model(
     adapter = None if options.adapter is None else find_adapter(options.adapter, options.allow_pickle)
     if own_adapter is not None:
         adapter = find_adapter(own_adapter)._replace(name=name)
-    model = _read_model(path, options, place, file)
+    model = _base(path, options, place, file)
     if adapter is not None:
         put_on(model, adapter, path)
     refuse_broken_weights(model, path)
@@ -303,6 +306,33 @@ def look_at_hub(name: str, revision: str | None = None) -> None:
         elif isinstance(error, HfHubHTTPError):
             why = f"the hub answers: {first_line(error)}"
         raise InputError(f"{name}: no such directory, and {why}") from error
+
+
+_BASES: ContextVar[dict[Any, PreTrainedModel] | None] = ContextVar("bases", default=None)
+
+
+@contextmanager
+def bases_shared() -> Iterator[None]:
+    """Within, the model that was read last is kept without its adapter; what it is base of shares its weights.
+
+    Each comes with modules and buffers of its own, so an adapter goes on one alone; nobody may change the weights.
+    Models over several devices are read anew: what moves their weights knows one model.
+    """
+    token = _BASES.set({})
+    try:
+        yield
+    finally:
+        _BASES.reset(token)
+
+
+def _base(path: str, options: LoadOptions, place: torch.device, file: Path | None) -> PreTrainedModel:
+    bases, key = _BASES.get(), (path, replace(options, adapter=None, memory=None))
+    if bases is None or options.device_map is not None:
+        return _read_model(path, options, place, file)
+    if key not in bases:
+        bases.clear()  # freed before the next one is read
+        bases[key] = _read_model(path, options, place, file)
+    return copy.deepcopy(bases[key], {id(weight): weight for weight in bases[key].parameters()})
 
 
 def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path | None) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from typing import Any
 from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError, TooFewPromptsError, refuse_unknown
 from safetyheads.files import read_toml
 from safetyheads.model.engine import Engine
-from safetyheads.model.loading import read_config
+from safetyheads.model.loading import bases_shared, read_config
 from safetyheads.model.names import find_model
 from safetyheads.model.planning import OUT_OF_MEMORY, is_out_of_memory
 from safetyheads.runs.audit import read_prompts, run_audit, why_too_few
@@ -82,6 +82,7 @@ def _n_heads(config: AuditConfig) -> int:
     return int(counts[0] * counts[1]) if all(isinstance(count, int) for count in counts) else 0
 
 
+@bases_shared()
 def carry_out_sweep(
     audits: Mapping[Path, AuditConfig],
     load: Callable[[AuditConfig], Engine],
@@ -92,8 +93,8 @@ def carry_out_sweep(
 ) -> tuple[dict[Path, dict[str, Any]], dict[Path, SafetyheadsError]]:
     """Results of every audit, and why others have none: one that fails stops no other.
 
-    A model is loaded once for all of its audits. By default ``prompts`` are read. ``how`` goes to
-    :func:`safetyheads.runs.run.carry_out`.
+    A model is loaded once for all of its audits; adapters of one base that follow each other share its weights. By
+    default ``prompts`` are read. ``how`` goes to :func:`safetyheads.runs.run.carry_out`.
     """
     prompts = prompts or {place: read_prompts(config) for place, config in audits.items()}
     found: dict[Path, dict[str, Any]] = {}
