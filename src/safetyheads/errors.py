@@ -85,6 +85,17 @@ def unicode_text(text: str) -> str:
 
 
 @contextmanager
+def library_failures(of: str = "") -> Iterator[None]:
+    """Make an InputError of what the tokenizers library raises: bare exceptions, and panics, which are none of them."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(of + first_line(error)) from None
+
+
+@contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """End what never ends by a TimeoutError, after so many seconds of this process, in the main thread alone."""
 

@@ -20,13 +20,14 @@ import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from safetyheads.errors import InputError, shorten
+from safetyheads.errors import InputError, library_failures, shorten
 from safetyheads.judges.base import NOT_REFUSED, Completion, Judge, Label, Verdict, refuse_threshold
 from safetyheads.judges.formats import MODEL_JUDGES, Harm, JudgeFormat, fill
 from safetyheads.model import loading
 from safetyheads.model.architecture import context_length
 from safetyheads.model.options import LoadOptions
 from safetyheads.model.planning import halving, is_out_of_memory
+from safetyheads.prompts.asked import decode_text
 from safetyheads.prompts.templates import BoundTemplate, Template
 
 Counts = Literal["harm", "refusal"]
@@ -102,11 +103,12 @@ class _LocalJudge(Judge):
         (model, tokenizer), (limit, written) = self.loaded, self._limits
         positions = context_length(model.config.get_text_config())
         room = min(positions or tokenizer.model_max_length, tokenizer.model_max_length) - written
-        answer_ids = tokenizer(completion.text, add_special_tokens=False).input_ids
+        with library_failures(f"the tokenizer of {self._source} fails: "):
+            answer_ids = tokenizer(completion.text, add_special_tokens=False).input_ids
         kept = min(limit, len(answer_ids))
         while True:
             # An answer that fits is given as it was: decoding may change blanks.
-            text = completion.text if kept == len(answer_ids) else tokenizer.decode(answer_ids[:kept])
+            text = completion.text if kept == len(answer_ids) else decode_text(tokenizer, answer_ids[:kept], False)
             token_ids = self.encode(completion.query, text)
             if len(token_ids) <= room:
                 return token_ids
@@ -238,9 +240,9 @@ class CausalJudge(_LocalJudge):
             ends = {*(model.generation_config.eos_token_id or ()), model.generation_config.pad_token_id}
             # Marks of a thought are read, special tokens or not; one that the template began has no other.
             dropped = {*tokenizer.all_special_ids} - {tokenizer.get_vocab().get(mark) for mark in _THOUGHT}
-            begun = [tokenizer.decode(row[-16:]).rstrip().endswith(_THOUGHT[0]) for row in rows]
+            begun = [decode_text(tokenizer, row[-16:], False).rstrip().endswith(_THOUGHT[0]) for row in rows]
             texts = [
-                _THOUGHT[0] * thinks + tokenizer.decode([token for token in row if token not in dropped])
+                _THOUGHT[0] * thinks + decode_text(tokenizer, [token for token in row if token not in dropped], False)
                 for row, thinks in zip(written.tolist(), begun, strict=True)
             ]
             cut = [written.shape[1] == self._limits[1] and row[-1] not in ends for row in written.tolist()]
@@ -252,7 +254,7 @@ class CausalJudge(_LocalJudge):
         probabilities = logits.double().softmax(dim=-1)
         # [n_rows, n_answers]
         shares = torch.stack([probabilities[:, list(tokens)].sum(dim=1) for tokens in self.answer_ids], dim=1)
-        raws = [tokenizer.decode([token]) for token in logits.argmax(dim=-1).tolist()]
+        raws = [decode_text(tokenizer, [token], False) for token in logits.argmax(dim=-1).tolist()]
         return [replace(self.verdict_of_shares(row), raw=raw) for row, raw in zip(shares.tolist(), raws, strict=True)]
 
     def verdict_of_text(self, text: str, is_cut: bool = False) -> Verdict:

@@ -22,7 +22,7 @@ from safetyheads.measures.screening import Extent, Missed, Proposal, missed, pro
 from safetyheads.measures.subspace import Space
 from safetyheads.model.engine import Engine, ask
 from safetyheads.model.packing import TokenSequence
-from safetyheads.prompts.asked import AnyPrompts
+from safetyheads.prompts.asked import AnyPrompts, decode_text
 from safetyheads.scores import FunctionScorer, HeadScores
 
 LEAD = "mean_ships"
@@ -221,7 +221,7 @@ def answer_sequences(engine: Engine, prompts: AnyPrompts, positions: int) -> tup
     first_tokens = Counter(answer[0] for answer in answers if answer)
     if positions == 1 and first_tokens:
         (token, count), n = first_tokens.most_common(1)[0], first_tokens.total()
-        text = engine.tokenizer.decode([token])
+        text = decode_text(engine.tokenizer, [token], False)
         if count >= _SHARED * n and not text.strip():
             warnings.warn(
                 f"{count} of {n} unablated answers begin with the same blank token {text!r}, which hides what an "
@@ -252,7 +252,7 @@ def openers_of(
     complied = firsts_of(row for row in answers if row.verdict.label == "complied")
     others = firsts_of(row for row in benign if row.verdict.label != "refused")
     n_refused, of_complied, of_benign = firsts.total(), complied.total(), others.total()
-    text_of = {token: engine.tokenizer.decode([token]) for token in firsts}
+    text_of = {token: decode_text(engine.tokenizer, [token], False) for token in firsts}
     found = [
         Opener(token, text_of[token], count, n_refused, complied[token], of_complied, others[token], of_benign)
         for token, count in sorted(firsts.items(), key=lambda item: (-item[1], item[0]))

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import heapq
 import json
 import os
 import re
@@ -32,17 +33,28 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file
 
-from safetyheads.errors import InputError, UnsupportedModelError, first_line, one_line, shorten, time_limit
+from safetyheads.errors import (
+    InputError,
+    UnsupportedModelError,
+    first_line,
+    library_failures,
+    one_line,
+    shorten,
+    time_limit,
+)
 from safetyheads.files import leaves, read_json, read_toml
 from safetyheads.model import attention
 from safetyheads.model.architecture import hooked_device, input_device
 from safetyheads.model.names import find_model
 from safetyheads.model.options import DTYPES, LoadOptions
 from safetyheads.model.planning import allowed_memory, is_out_of_memory
+from safetyheads.model.tokenizer_files import refuse_growth
 
 _SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# A tokenizer is tried on so many of its own tokens.
+_N_PROVED = 64
 # Where processors of other senses keep the chat template that their tokenizers lack.
 _PROCESSOR_FILES = ("chat_template.json", "processor_config.json")
 TEXT_MODELS = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
@@ -479,11 +491,13 @@ def read_tokenizer(
     if os.path.isdir(source):
         look_at_directory(Path(source), source)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **arguments)
-    except Exception as error:
-        # The tokenizers library raises bare exceptions.
-        if type(error) is not Exception and not isinstance(error, (*UNREADABLE, *_NONSENSE, RuntimeError)):
-            raise
+        _refuse_growing_texts(source, arguments["revision"])
+        with _silent_stderr(), library_failures():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **arguments)
+            # What fails on any text, and on token ids, fails on its own.
+            known = heapq.nsmallest(_N_PROVED, tokenizer.get_vocab().values())
+            tokenizer(tokenizer.decode(known))
+    except (*UNREADABLE, *_NONSENSE, RuntimeError) as error:
         if file is None and os.path.isdir(source) and not _has_tokenizer(Path(source)):
             raise InputError(f"{source} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
         raise InputError(f"cannot load the tokenizer of {source}: {first_line(error)}") from error
@@ -500,6 +514,28 @@ def read_tokenizer(
             tokenizer.chat_template = template
             break
     return tokenizer
+
+
+def _refuse_growing_texts(path: str, revision: str) -> None:
+    """Refuse rules of a tokenizer that no memory holds; whichever of several files transformers takes."""
+    config = cached_file(path, "tokenizer_config.json", revision=revision, **_QUIETLY)
+    others = read_json(Path(config)).get("fast_tokenizer_files") if config else None
+    for name in ("tokenizer.json", *(others or ())):
+        if found := cached_file(path, name, revision=revision, **_QUIETLY):
+            refuse_growth(read_json(Path(found)))
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Within, nothing reaches stderr: a panic of Rust code writes there before it is an exception."""
+    with open(os.devnull, "w") as nowhere:
+        kept = os.dup(2)
+        try:
+            os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _forget_lengths(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, TypeAlias
 
 from safetyheads.display import Shown
+from safetyheads.errors import library_failures
 from safetyheads.prompts.prompt_set import Prompt, PromptSet
 from safetyheads.prompts.templates import Template, ThinkBlock
 
@@ -82,12 +83,13 @@ class AnswerReader(NamedTuple):
         return (lambda token_ids: self.read(token_ids).stopped) if self.stops else None
 
     def _raw(self, token_ids: tuple[int, ...]) -> str:
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
+        return decode_text(self.tokenizer, token_ids, False)
 
 
-def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
+def decode_text(tokenizer: Any, token_ids: Sequence[int], skips_special: bool = True) -> str:
     """The answer as text, without special tokens."""
-    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    with library_failures("the tokenizer cannot decode an answer: "):
+        return str(tokenizer.decode(list(token_ids), skip_special_tokens=skips_special))
 
 
 class DatedPromptWarning(UserWarning):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
 from safetyheads.display import Shown
-from safetyheads.errors import InputError, time_limit
+from safetyheads.errors import InputError, library_failures, time_limit
 from safetyheads.files import read_toml
 
 Thinking: TypeAlias = Literal["closed", "open"]
@@ -262,7 +262,8 @@ class BoundTemplate(NamedTuple):
     def tokens(self, text: str) -> list[int]:
         """The token ids of a rendered prompt."""
         bos, eos = (getattr(self.tokenizer, f"{name}_token_id", None) for name in ("bos", "eos"))
-        token_ids = [int(token) for token in self.tokenizer(text, add_special_tokens=not self.is_chat)["input_ids"]]
+        with library_failures(f"the tokenizer of {self.model} fails: "):
+            token_ids = [int(token) for token in self.tokenizer(text, add_special_tokens=not self.is_chat)["input_ids"]]
         if not self.is_chat and len(token_ids) > 1 and token_ids[-1] == eos:
             bare = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if not len(bare) or int(bare[-1]) != eos:
