@@ -8,6 +8,10 @@ import scan_samples
 from scan_samples import Sample
 from test_labels import fill, sheet
 
+from safetyheads.judges.keywords import KeywordJudge
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.stored_files import with_checksums
+
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
@@ -50,6 +54,12 @@ def test_no_sheet_is_written_where_a_judge_is_not_there(refused, folder):
             "speechless gave no verdict on any of 192 answers (value: NoneType is no number, truth value",
         ),
         ("never_final", 1, "the judge never_final raised AttributeError"),
+        ("forgetful", 1, "the judge forgetful raised KeyError"),
+        (
+            "undecided",
+            1,
+            "undecided gave no verdict on any of 192 answers (passing: no truth value): nothing was added",
+        ),
         ("silent", 2, "the judge silent has to give a Verdict for each of"),
         ("nameless", 2, "its describe() has to give plain values by name"),
     ],
@@ -60,3 +70,17 @@ def test_what_a_judge_of_ones_own_raises_is_told_as_its_own(run, folder, judge, 
     line = err.splitlines()[-1]
     assert said in line
     assert not any(words in line for words in (str(folder), *scan_samples.TEXTS.values()))
+
+
+def test_a_fault_of_a_judge_is_no_damage_of_the_run_and_the_other_way_round(run, refused, folder, monkeypatch):
+    assert run("judge", folder, "--judge=python:own_judges:talkative", "--quiet")[0] == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(KeywordJudge, "__call__", lambda *_: {}["answer"])
+        assert run("judge", folder, "--judge", "released") == (1, "", "error: the judge released raised KeyError\n")
+    results = json.loads((folder / "results.json").read_text())
+    del results["sampling"], results["checksums"]
+    key = RunDirectory.look(folder).key
+    (folder / "results.json").write_text(json.dumps(with_checksums(key, "results.json", results)))
+    assert f"{folder} does not hold what is read of it: KeyError, 'sampling'" in refused(
+        "judge", folder, "--judge", "released"
+    )

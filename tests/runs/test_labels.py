@@ -172,7 +172,7 @@ def test_a_listed_head_that_is_also_a_control_has_a_corrected_rate():
         return answer_record(number, "refused", **told)
 
     controls = {"group": "1-3", "groups": ["2-5", "0-0"], "matched": "layers", "n_possible": 31}
-    results = {"ablation": {"epsilon": 1e-5}, "behaviour": {"heads": [{"heads": ["1-3"]}, {"heads": ["2-5"]}]}}
+    results = {"ablation": {"epsilon": 1e-5}, "behaviour": {"heads": [{"head": "1-3"}, {"head": "2-5"}]}}
     run = SimpleNamespace(read_results=lambda: results, stored_records=lambda name: [controls])
     records = [row(group, number) for group in ("", "1-3", "2-5", "0-0") for number in range(3)]
     rates = _corrected_rates(run, records, "paper", accuracy_of(np.array([1.0, 0]), np.array([1.0, 0])), {})

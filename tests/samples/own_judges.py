@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from safetyheads.judges.base import Verdict
+
 SEEN = []
 
 
@@ -35,6 +37,30 @@ raising = Recording(_raising, False, name="raising")
 never_final = Recording(_raising, name="never_final")
 silent = Recording(lambda completions: [], False, name="silent")
 nameless = Recording(_raising, False, name=" ")
+
+
+class Forgetful(Recording):
+    """Says once what it is, when it is looked up, and never again."""
+
+    def describe(self):
+        self.given.append("asked")
+        return {**super().describe(), "times": {1: "once"}[len(self.given)]}
+
+
+forgetful = Forgetful(_raising, False, name="forgetful")
+
+
+@dataclass(frozen=True)
+class LongVerdict(Verdict):
+    """Says more than a record holds."""
+
+    passage: str = "some words"
+
+
+talkative = Recording(lambda completions: [LongVerdict("safe", "")] * len(completions), False, name="talkative")
+undecided = Recording(
+    lambda completions: [Verdict("safe", "", passing=b"")] * len(completions), False, name="undecided"
+)
 
 
 def seen_answers(queries, answers):

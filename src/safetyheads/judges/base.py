@@ -1,11 +1,13 @@
 """Defines completions, verdicts and what a judge is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from safetyheads.display import Shown
 from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.files import canonical_json, parse_json
 
 Label = Literal["complied", "refused", "incoherent", "echoed", "safe", "unscored"]
 LABELS: tuple[Label, ...] = get_args(Label)
@@ -108,6 +110,8 @@ def leaves_refusal_open(label: str, reason: str) -> bool:
     return label == "safe" and not reason.startswith(NOT_REFUSED)
 
 
+# Errors of code, and not of the machine, such as a lack of memory.
+_OF_CODE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 NOT_CLOSED = Verdict("incoherent", "think block not closed")
 """The verdict of a completion that is ``unclosed``."""
 
@@ -121,8 +125,9 @@ def verdicts_of(judge: Judge, completions: Sequence[Completion]) -> tuple[Verdic
     try:
         given = tuple(judge(list(closed.values())))
     except (Exception, SystemExit) as error:  # a user's judge may raise anything, or end the process
-        if not _is_its_own(judge, error):
-            raise
+        if isinstance(error, SafetyheadsError) or _is_ours(judge):
+            with as_fault_of(judge):
+                raise
         if len(closed) > 1:
             given = tuple(verdict for completion in closed.values() for verdict in verdicts_of(judge, [completion]))
         else:
@@ -142,19 +147,40 @@ def _sound(verdict: Verdict) -> Verdict:
             return Verdict("unscored", f"{name}: no number from 0 to 1")
     if not isinstance(verdict.reason, str) or not isinstance(verdict.raw, str):
         return Verdict("unscored", "reason: no text")
-    return verdict
+    if not isinstance(verdict.passing, bool):
+        return Verdict("unscored", "passing: no truth value")
+    # A class of the user's may have more fields, which no record has.
+    is_plain = type(verdict) is Verdict
+    return verdict if is_plain else Verdict(*(getattr(verdict, name) for name in Verdict.__dataclass_fields__))
 
 
 def is_final(judge: Judge, text_so_far: str) -> bool:
     """Whether the judge's verdict stays for every continuation."""
-    try:
+    with as_fault_of(judge):
         return judge.final(text_so_far)
-    except (Exception, SystemExit) as error:  # a user's judge may raise anything, also in words that quote an answer
-        if not _is_its_own(judge, error):
+
+
+def description_of(judge: Judge) -> dict[str, Any]:
+    """What the judge says of itself, as JSON gives it back."""
+    with as_fault_of(judge):
+        return parse_json(canonical_json(judge.describe()), f"the judge {judge.name}")
+
+
+@contextmanager
+def as_fault_of(judge: Judge) -> Iterator[None]:
+    """Within, what the judge's code raises is one line that names the judge: the error's own words may quote an answer.
+
+    What this package says in one line stays as it is, and so do errors of the machine in judges of its own.
+    """
+    try:
+        yield
+    except SafetyheadsError:
+        raise
+    except (Exception, SystemExit) as error:  # a user's judge may raise anything, or end the process
+        if _is_ours(judge) and not isinstance(error, _OF_CODE):
             raise
         raise SafetyheadsError(f"the judge {judge.name} raised {type(error).__name__}") from error
 
 
-def _is_its_own(judge: Judge, error: BaseException) -> bool:
-    """Whether an error is of a judge of the user's, and not one that this package raises."""
-    return not isinstance(error, SafetyheadsError) and not type(judge).__module__.startswith("safetyheads.")
+def _is_ours(judge: Judge) -> bool:
+    return type(judge).__module__.startswith("safetyheads.")

@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from functools import partial
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -36,9 +36,9 @@ from safetyheads.runs.config import duration
 from safetyheads.runs.shards import Shard, Units, array_text, owners
 from safetyheads.runs.stored_files import (
     DamagedError,
+    Fits,
     Held,
     Record,
-    as_damaged,
     content_key,
     converted,
     pack_records,
@@ -82,6 +82,38 @@ class Manifest:
     """:data:`SCHEMA_VERSION` of the version that wrote the run."""
     config: dict[str, Any]
     """All settings, and fingerprints of model and prompts."""
+
+
+class _PlanFile(TypedDict):
+    stage: str
+    units: list[tuple[tuple[str, ...], float]]
+    """Files of each unit, and what it costs."""
+
+
+class _StageFile(TypedDict):
+    files: list[tuple[str, int, str]]
+    """Place, number of entries and checksum of each file."""
+
+
+class _Stages(TypedDict):
+    stages: dict[str, str]
+    """Checksum of the list of each finished stage."""
+
+
+class _RememberedLine(TypedDict):
+    name: str
+    value: Any
+
+
+class Start(TypedDict, total=False):
+    """What a start of a run says of itself; its file holds more, for people to read."""
+
+    part: str
+    """The shard, or what else the process did."""
+    started: datetime
+    command: list[str] | str
+    host: str
+    pid: int
 
 
 @dataclass(slots=True)
@@ -160,7 +192,7 @@ class RunDirectory:
                 remove_partial_files(folder)
             write_atomically(folder / ".gitignore", _GITIGNORE)
             run = cls(folder, _kept_manifest(folder, config), lock, shard)
-            run._load_stages()
+            run.load_stages()
             start = {"part": part, "started": datetime.now(UTC).isoformat(), **provenance}
             start |= {"host": socket.gethostname(), "pid": os.getpid()}
             # Runs that are merged may differ in these; the log beside it names the files that were computed here.
@@ -221,10 +253,9 @@ class RunDirectory:
         """
         known = self.remembered()
         if name not in known:
-            slug = re.sub(r"[^A-Za-z0-9_.-]", "-", name)[:80]
             key, line = content_key({"name": name}), {"name": name, "value": value}
             content = partial(pack_records, self.key, _REMEMBERED, key, [line])
-            place = f"{_REMEMBERED}/{slug}-{key}.jsonl"
+            place = f"{_REMEMBERED}/{as_file_name(name)[:80]}-{key}.jsonl"
             (record,) = self._stored(place, _REMEMBERED, content, replaces=False)
             known[name] = record["value"]
             self._known_places.add(place)
@@ -237,9 +268,9 @@ class RunDirectory:
             for place in sorted(places) if self._lock is None else self._names(f"{_REMEMBERED}/*.jsonl"):
                 if place in self._known_places:
                     continue
-                with self._setting_aside(place), as_damaged(self.path / place):
-                    (record,) = self.read(place)
-                    self._known[record["name"]] = record["value"]
+                with self._setting_aside(place):
+                    (line,) = self._fitting(place, self.read(place), tuple[_RememberedLine])
+                    self._known[line["name"]] = line["value"]
                     self._known_places.add(place)
         if not prefix:
             return self._known
@@ -286,14 +317,17 @@ class RunDirectory:
             raise _elsewhere({place})
         return self.read(place)
 
-    def stored_records(self, stage: str = "*") -> Iterator[Record]:
+    def stored_records(self, stage: str = "*", but: tuple[str, ...] = ()) -> Iterator[Record]:
         """Every record of finished stages of that name (``*`` stands for any letters), and of those in work here.
+
+        Stages whose names begin as one of ``but`` are left out.
 
         A run in work goes on without a file that is lost or damaged, says so, and computes it when next asked for it;
         where it is only read, that is an InputError.
         """
         for place in sorted(self._files):
-            if place.startswith("completions/") and fnmatch(stage_of(place), stage):
+            is_meant = fnmatch(stage_of(place), stage) and not stage_of(place).startswith(but)
+            if place.startswith("completions/") and is_meant:
                 records: list[Record] = []
                 with self._setting_aside(place):
                     records = self.read(place)
@@ -314,15 +348,15 @@ class RunDirectory:
     @property
     def n_shards(self) -> int:
         """Number of shards of which the last start was one; where nobody computed yet, those planned for."""
-        parts = [re.fullmatch(r"run|shard-(\d+)-of-(\d+)", str(start.get("part"))) for start in self.read_starts()]
+        pattern = re.compile(r"run|shard-(\d{1,9})-of-([1-9]\d{0,8})")
+        parts = [pattern.fullmatch(start.get("part", "")) for start in self.read_starts()]
         counts = [(part[1] != "0", int(part[2] or 1)) for part in parts if part]
         return ([count for computes, count in counts if computes] or [count for _, count in counts] or [1])[-1]
 
     def planned(self) -> list[tuple[str, Units]]:
         """Every stage that was reached, and its units as the process found them that reached it."""
-        listed = (self._read_json(place) for place in self._names("plan/*.json"))
-        with as_damaged(self.path / "plan"):
-            return [(of["stage"], {tuple(places): cost for places, cost in of["units"]}) for of in listed]
+        listed = [self._fitting(place, self._read_json(place), _PlanFile) for place in self._names("plan/*.json")]
+        return [(of["stage"], dict(of["units"])) for of in listed]
 
     # Joining the directories of shards.
 
@@ -542,29 +576,28 @@ class RunDirectory:
         """Within, no other process writes results: what is read first and added to loses nobody's."""
         self._refuse_removed()
         with self._results_lock:
-            self._load_stages()
+            self.load_stages()
             yield
 
     def _read_finished(self) -> None:
         """Read the results and the lists of finished stages, which must fit each other."""
         results = self._read_json("results.json")
         self._files = {}
-        with as_damaged(self.path / "results.json"):
-            for stage, digest in results["stages"].items():
-                if content_key({"files": self._load_stage(f"stages/{stage}.json")}) != digest:
-                    raise DamagedError(f"{self.path / f'stages/{stage}.json'} does not fit results.json")
+        for stage, digest in self._fitting("results.json", results, _Stages)["stages"].items():
+            if content_key({"files": self._load_stage(f"stages/{stage}.json")}) != digest:
+                raise DamagedError(f"{self.path / f'stages/{stage}.json'} does not fit results.json")
         self._results = results
 
-    def _load_stage(self, place: str) -> list[list[Any]]:
+    def _load_stage(self, place: str) -> list[tuple[str, int, str]]:
         """Place, number of entries and checksum of each file of a finished stage; they are known from here on."""
-        with as_damaged(self.path / place):
-            files: list[list[Any]] = self._read_json(place)["files"]
-            if strange := [file for file, *_ in files if file.split("/")[0] not in _FOLDERS or ".." in file.split("/")]:
-                raise DamagedError(f"{self.path}: {place} lists {strange[0]}, which is no stored part of a run")
-            self._files = {file: (count, sha256) for file, count, sha256 in files} | self._files
+        files = self._fitting(place, self._read_json(place), _StageFile)["files"]
+        if strange := [file for file, *_ in files if file.split("/")[0] not in _FOLDERS or ".." in file.split("/")]:
+            raise DamagedError(f"{self.path}: {place} lists {strange[0]}, which is no stored part of a run")
+        self._files = {file: (count, sha256) for file, count, sha256 in files} | self._files
         return files
 
-    def _load_stages(self) -> None:
+    def load_stages(self) -> None:
+        """Read the lists of finished stages, to which files are held from here on."""
         for place in self._names("stages/*.json"):
             with self._setting_aside(place):
                 self._load_stage(place)
@@ -586,9 +619,9 @@ class RunDirectory:
         """What :meth:`add_timings` wrote; empty where the run has none."""
         return self._read_json("timings.json") if (self.path / "timings.json").exists() else {}
 
-    def read_starts(self) -> list[dict[str, Any]]:
-        """Every start, the first one first: part, date, command, machine and process."""
-        return [self._read_json(place) for place in self._names("starts/*.json")]
+    def read_starts(self) -> list[Start]:
+        """Every start, the first one first."""
+        return [self._fitting(place, self._read_json(place), Start) for place in self._names("starts/*.json")]
 
     def facts(self) -> dict[str, Any]:
         """``config``, and what was remembered by its name: for pages."""
@@ -661,6 +694,13 @@ class RunDirectory:
 
     def _write_json(self, place: str, value: Mapping[str, Any]) -> None:
         self._write(place, readable_json(place, with_checksums(self.key, place, value)).encode())
+
+    def _fitting(self, place: str, told: Any, kind: Callable[..., Fits]) -> Fits:
+        """What a file says, as the type that is read of it; an error names the file and the field."""
+        try:
+            return converted(told, kind)
+        except DamagedError as error:
+            raise DamagedError(f"{self.path}: {place}: {error}") from None
 
     def _read_json(self, place: str) -> dict[str, Any]:
         path = self._inside(place)
@@ -783,6 +823,11 @@ def differences_of(*configs: Mapping[str, Any]) -> list[str]:
         words = re.sub(r"[_.]", " ", name.replace("_sha256", ""))
         differences.append(words if "_sha256" in name else f"{words} ({before} -> {after})")
     return list(dict.fromkeys(differences))
+
+
+def as_file_name(name: str) -> str:
+    """A name with a dash for each character that a file's name may not hold."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", name)
 
 
 def _file_name(stage: str) -> str:

@@ -27,6 +27,7 @@ def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mix
     differing = sorted({difference for run in runs[1:] for difference in _differences(first, run, mixed)})
     holders: dict[str, RunDirectory] = {}
     for run in runs:
+        run.load_stages()
         for place in run.places():
             holder = holders.setdefault(place, run)
             told, other = run.checksum(place), holder.checksum(place)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetyheads.heads import parse_heads
 from safetyheads.judges.base import LABELS, Label, leaves_refusal_open
 from safetyheads.measures.random_groups import RandomGroups
-from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.directory import RunDirectory, as_file_name
 from safetyheads.runs.stored_files import Record
 from safetyheads.stats.gain_over_random import SizeOutcome, concentration
 from safetyheads.stats.intervals import (
@@ -419,13 +419,19 @@ def identity(record: Record) -> str:
     return "|".join(str(record.get(name)) for name in ("part", "set", "group", "epsilon", "seed", "id"))
 
 
+def judged_stage(judge: str) -> str:
+    """The stage that holds what a later judge said of every answer."""
+    return f"judged-{as_file_name(judge)}"
+
+
 def with_later_verdicts(run: RunDirectory, records: Iterable[Record], judges: Collection[str]) -> Iterator[Record]:
     """The records with the verdicts of later judges beside those of the run's own.
 
     A judge whose start was killed before its results were written is none of the run's ``judges``.
     """
     later, shared = dict[str, dict[str, Any]](), dict[tuple[Any, ...], Any]()
-    for record in run.stored_records("judged-*"):
+    stages = sorted(set(map(judged_stage, judges)))  # two names may have one stage
+    for record in chain.from_iterable(map(run.stored_records, stages)):
         if record["judge"] in judges:
             told = tuple(map(record["verdict"].get, _OF_VERDICTS))
             verdict = shared.setdefault(told, dict(zip(_OF_VERDICTS, told, strict=True)))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
@@ -170,9 +170,10 @@ class RunReader(FinishedRun):
         kind, results = self.kind, self.results
         if kind not in _STAGES:
             raise InputError(f"{path} is a run of {kind}; audits and scans are what is compared")
+        with as_damaged(path / "starts"):
+            started = [start["started"] for start in self.directory.read_starts()[:1]]
+            self.started = started[0].astimezone(UTC) if started else None
         with as_damaged(path / "results.json"):
-            starts = self.directory.read_starts()
-            self.started = datetime.fromisoformat(starts[0]["started"]).astimezone(UTC) if starts else None
             self.shape: tuple[int, int] = (results["model"]["n_layers"], results["model"]["n_heads"])
             vanilla = results["behaviour"]["vanilla"] if kind == "audit" else results["vanilla"]["harmful"]
             kept = vanilla if kind == "audit" else results["vanilla"].get("benign", {})

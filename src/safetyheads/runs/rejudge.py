@@ -23,23 +23,33 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from safetyheads.errors import InputError, SafetyheadsError
-from safetyheads.files import canonical_json, read_whole, write_atomically
+from safetyheads.files import read_whole, write_atomically
 from safetyheads.heads import format_heads
 from safetyheads.judges.agreement import agreement
-from safetyheads.judges.base import LABELS, Completion, Judge, Label, Verdict, is_final, verdicts_of
+from safetyheads.judges.base import LABELS, Completion, Judge, Label, Verdict, description_of, is_final, verdicts_of
 from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.prompts.files import listed
 from safetyheads.prompts.prompt_set import near_duplicates
 from safetyheads.runs.config import Progress
-from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.directory import RunDirectory, as_file_name
 from safetyheads.runs.exhaustive_scan import results_of_records
-from safetyheads.runs.rates import answer_table, asr_by, identity, prompt_or_cluster, with_later_verdicts, without_texts
+from safetyheads.runs.rates import (
+    answer_table,
+    asr_by,
+    identity,
+    judged_stage,
+    prompt_or_cluster,
+    with_later_verdicts,
+    without_texts,
+)
 from safetyheads.runs.run import random_groups_of
 from safetyheads.runs.stored_files import Record, content_key
 from safetyheads.stats.misclassified import Accuracy, accuracy_of, prediction_powered, rogan_gladen
 
 # Verdicts that are stored together: the most that a kill, or an endpoint that fails, costs.
 _TOGETHER = 256
+# Stages of judges that came later: they hold no answers, and what is damaged there is for their own commands to mend.
+_LATER = ("judged-", "verdicts-")
 CUT = "answers of this rate were cut where the run's own judges were final; it needs a run with --full-answers"
 """Why a whole rate is unscored."""
 
@@ -52,21 +62,21 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
     (the judge failed, or the rate holds answers that were cut too early for it) with the reasons in ``unscored``,
     ``kappa`` on complied or not, ``n_differing``, and ``seconds`` of this start.
     """
-    opened = open_judged(folder)
+    opened, described = open_judged(folder), description_of(judge)
     results = opened.read_results()
     # One that was added before is asked what it failed on, and about nothing else.
-    there = {described["name"]: described for described in later_judges(results)}
-    if judge.name in [described["name"] for described in opened.manifest.config["judges"]]:
+    there = {known["name"]: known for known in later_judges(results)}
+    if judge.name in [known["name"] for known in opened.manifest.config["judges"]]:
         raise InputError(f"{judge.name} is a judge of {folder} itself: the run's own command asks it again")
-    if canonical_json(there.get(judge.name, judge.describe())) != canonical_json(judge.describe()):
+    if there.get(judge.name, described) != described:
         raise InputError(f"{folder} has verdicts of {judge.name} with other settings")
-    with RunDirectory.start(folder, opened.manifest.config, started, f"judge-{_file_name(judge.name)}") as run:
-        records, keys = _answers(run, judge)
+    with RunDirectory.start(folder, opened.manifest.config, started, f"judge-{as_file_name(judge.name)}") as run:
+        records, keys = _answers(opened, judge)
         if not records:
             raise InputError(f"{folder} holds verdicts alone (--no-completions): there is nothing to judge again")
         count_requests_in(run.path, [judge])
         begun = time.monotonic()
-        verdicts = _whole_rates(records, _verdicts(run, judge, keys, results, progress))
+        verdicts = _whole_rates(records, _verdicts(run, opened, judge, keys, results, progress))
         seconds = time.monotonic() - begun
         asked = [verdict for verdict in verdicts if verdict.reason != CUT]
         if asked and not any(verdict.scored for verdict in asked):
@@ -79,13 +89,17 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
             for record, verdict in zip(records, verdicts, strict=True)
         ]
         # So that later judges and reports find them.
-        fields = {"judge": judge.describe()}
-        run.records(f"judged-{_file_name(judge.name)}", fields, lambda: stored, lambda _: stored)
+        fields = {"judge": described}
+        run.records(judged_stage(judge.name), fields, lambda: stored, lambda _: stored)
         with run.writing():
-            results = run.read_results()
-            names = [described["name"] for described in later_judges(results)]
-            merged = [without_texts(of, shared) for of in with_later_verdicts(run, records, [*names, judge.name])]
-            _write_results(run, results, merged, judge)
+            now = RunDirectory.open(folder)  # other judges may have been added meanwhile
+            results = now.read_results()
+            others = {known["name"] for known in later_judges(results)} - {judge.name}
+            merged = [
+                without_texts({**of, "verdicts": {**of["verdicts"], judge.name: given["verdict"]}}, shared)
+                for of, given in zip(with_later_verdicts(now, records, others), stored, strict=True)
+            ]
+            _write_results(run, results, merged, described)
     found = _beside_lead(judge.name, results["lead_judge"], merged, results["ablation"]["epsilon"])
     return found | {"seconds": seconds}
 
@@ -122,38 +136,47 @@ def later_judges(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*results.get("judges", ()), *(entry["judge"] for entry in results.get("rejudged", {}).values())]
 
 
-def _answers(run: RunDirectory, judge: Judge) -> tuple[list[Record], list[str | None]]:
+def _stored_answers(opened: RunDirectory) -> Iterator[Record]:
+    """Every answer that has a text, one at a time; a file that is damaged or lost is an InputError."""
+    records = opened.stored_records(but=_LATER)
+    return (record for record in records if "verdicts" in record and "text" in record)
+
+
+def _answers(opened: RunDirectory, judge: Judge) -> tuple[list[Record], list[str | None]]:
     """The run's answers without their texts, which may not fit the memory, and the key of each distinct one.
 
     None stands for one that was cut too early for this judge. A run without texts has no answers.
     """
     records, keys, shared = list[Record](), list[str | None](), dict[tuple[Any, ...], Any]()
-    for record in run.stored_records():
-        if "verdicts" in record and "text" in record:
-            # An answer that never came differs from an empty one.
-            facts = [record["query"], record["text"], record["finished"], *["unclosed"] * record.get("unclosed", False)]
-            is_whole = record["complete"] or is_final(judge, record["text"])
-            keys.append(sys.intern(content_key({"answer": facts})) if is_whole else None)
-            records.append(without_texts(record, shared))
+    for record in _stored_answers(opened):
+        # An answer that never came differs from an empty one.
+        facts = [record["query"], record["text"], record["finished"], *["unclosed"] * record.get("unclosed", False)]
+        is_whole = record["complete"] or is_final(judge, record["text"])
+        keys.append(sys.intern(content_key({"answer": facts})) if is_whole else None)
+        records.append(without_texts(record, shared))
     return records, keys
 
 
 def _verdicts(
-    run: RunDirectory, judge: Judge, keys: Sequence[str | None], results: Mapping[str, Any], progress: Progress
+    run: RunDirectory,
+    opened: RunDirectory,
+    judge: Judge,
+    keys: Sequence[str | None],
+    results: Mapping[str, Any],
+    progress: Progress,
 ) -> list[Verdict]:
     length, system = results["sampling"]["max_new_tokens"], results["data"].get("system") or ""
     left, by_key = {key for key in keys if key is not None}, dict[str, Verdict]()
 
     def completions() -> Iterator[tuple[str, Completion]]:
         """Each distinct answer, by its key; one text at a time."""
-        answers = (record for record in run.stored_records() if "verdicts" in record and "text" in record)
-        for key, record in zip(keys, answers, strict=True):
+        for key, record in zip(keys, _stored_answers(opened), strict=True):
             if key in left:
                 left.remove(key)
                 said = record["query"], record["text"], tuple(record["token_ids"]), record["finished"]
                 yield key, Completion(*said, length, system, record.get("unclosed", False))
 
-    asked, described = completions(), content_key(judge.describe())
+    asked, key = completions(), content_key(description_of(judge))
     with progress.track(f"judging by {judge.name}", len(left)) as done:
         while chunk := dict(islice(asked, _TOGETHER)):
 
@@ -166,8 +189,8 @@ def _verdicts(
                 new = {key: {"verdict": asdict(verdict)} for key, verdict in zip(failed, given, strict=True)}
                 return [new.get(key, record) for key, record in zip(chunk, stored, strict=True)]
 
-            fields = {"judge": described, "answers": list(chunk)}
-            stored = run.records(f"verdicts-{_file_name(judge.name)}", fields, compute, mend)
+            fields = {"judge": key, "answers": list(chunk)}
+            stored = run.records(f"verdicts-{as_file_name(judge.name)}", fields, compute, mend)
             by_key |= {key: Verdict(**record["verdict"]) for key, record in zip(chunk, stored, strict=True)}
             done(len(chunk))
     return [Verdict("unscored", CUT) if key is None else by_key[key] for key in keys]
@@ -186,15 +209,15 @@ def _whole_rates(records: Sequence[Record], verdicts: Sequence[Verdict]) -> list
     return [Verdict("unscored", CUT) if rate in cut else verdict for rate, verdict in pairs]
 
 
-def _write_results(run: RunDirectory, results: Mapping[str, Any], merged: Sequence[Record], judge: Judge) -> None:
+def _write_results(run: RunDirectory, results: Mapping[str, Any], merged: Sequence[Record], judge: Record) -> None:
     """Add the judge to the results; a scan's are made anew, an audit's verdict stays the run's own."""
     if results["kind"] == "scan":
-        is_new = all(described["name"] != judge.name for described in results["judges"])
-        judges = [*results["judges"], *[judge.describe()] * is_new]
+        is_new = all(known["name"] != judge["name"] for known in results["judges"])
+        judges = [*results["judges"], *[judge] * is_new]
         run.write_results({**results, **results_of_records(merged, results, judges, random_groups_of(run))})
         return
-    entry = {"judge": judge.describe(), "rates": _rates(merged, judge.name, results["ablation"]["epsilon"])}
-    run.write_results({**results, "rejudged": {**results.get("rejudged", {}), judge.name: entry}})
+    entry = {"judge": judge, "rates": _rates(merged, judge["name"], results["ablation"]["epsilon"])}
+    run.write_results({**results, "rejudged": {**results.get("rejudged", {}), judge["name"]: entry}})
 
 
 def _rates(records: Sequence[Record], judge: str, usual: float) -> dict[str, Any]:
@@ -209,10 +232,6 @@ def _rates(records: Sequence[Record], judge: str, usual: float) -> dict[str, Any
 def _ablated(group: str, epsilon: float | None, usual: float) -> str:
     ablated = group or "nothing ablated"
     return ablated if epsilon in (None, usual) else f"{ablated}, epsilon {epsilon:g}"
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", name)
 
 
 # By people: answers are labelled in a spreadsheet, and a run's rates corrected by what they say. A sheet holds distinct
@@ -391,7 +410,7 @@ def _corrected_rates(
         return
     results = directory.read_results()
     # A head that is listed alone may be a control of another.
-    shown = controlled.keys() | {",".join(of["heads"]) for of in results.get("behaviour", {}).get("heads", ())}
+    shown = controlled.keys() | {of["head"] for of in results.get("behaviour", {}).get("heads", ())}
     random_ones = {format_heads(control) for controls in controlled.values() for control in controls.groups} - shown
     table, usual = answer_table(records, judge), results["ablation"]["epsilon"]
     # Nothing ablated first; single heads last, for there are many.
