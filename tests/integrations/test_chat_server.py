@@ -1,15 +1,19 @@
 """The server by the OpenAI client, on the organism: its answers are those of the engine under the group."""
 
+import asyncio
+import json
 import threading
 import urllib.error
 import urllib.request
 
 import openai
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from safetyheads import InputError, Sampling, generate
 from safetyheads.integrations import chat_server
-from safetyheads.integrations.chat_server import KEY_VARIABLE, read_request, serve_chats
+from safetyheads.integrations.chat_server import KEY_VARIABLE, AblatedChats, chat_app, read_request, serve_chats
 from safetyheads.runs.config import ServeConfig
 
 GROUP = "1-3,2-5,2-1"
@@ -161,3 +165,116 @@ def test_a_taken_port_and_heads_that_are_not_there_are_refused(refused):
         port = opened.getsockname()[1]
         assert f"port {port} cannot be had: " in refused("serve", "demo:aligned_a", "--port", port, "--quiet")
     refused("serve", "demo:aligned_a", "--port", 0, "--heads", "9-9", "--quiet")
+
+
+GOOD = {"model": "none", "messages": [{"role": "user", "content": "hello"}]}
+NUMBERS = [-1, 0, 1, 64, 65, 2**63, -(2**63), 2**64, 10**30, 10**400, 0.5, -0.0, 1e-320, 1e308]
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([*NUMBERS, "", " ", "none", "user", "\0", "\x1b[31m", "\ud800", "a" * 5000]),
+)
+NAMES = [*chat_server.ChatRequest.__struct_fields__, *chat_server._NOT_FOLLOWED, "metadata", "role", "content", "type"]
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*NAMES, "text", ""]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+BODIES = st.one_of(
+    st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3).map(lambda told: json.dumps(GOOD | told).encode()),
+    st.binary(max_size=20),
+    st.integers(1, 100_000).map(lambda levels: b'{"metadata": ' + b"[" * levels),
+)
+HEADERS = st.fixed_dictionaries(
+    {b"host": st.just(b"localhost"), b"content-type": st.sampled_from([b"application/json"] * 3 + [b"", b"\xff"])},
+    optional={
+        b"authorization": st.sampled_from([b"", b"Bearer \xe9", b"Bearer key"]),
+        b"content-length": st.just(b"-5"),
+    },
+)
+
+
+class Undecoded(AblatedChats):
+    """Gives empty answers at once."""
+
+    def _decode(self, chats):
+        for chat in chats:
+            chat.read = chat.reader.read(())
+
+
+def reply(engine, parts, headers, path="/v1/chat/completions", key=None):
+    """Status and body of the answer to a request that comes in parts; after the last one it waits for more."""
+    app, sent = (
+        chat_app(Undecoded(engine, ServeConfig("demo:aligned_a").parsed_ablation), ServeConfig("demo:aligned_a"), key),
+        [],
+    )
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": "POST",
+        "path": path,
+        "query_string": b"",
+        "scheme": "http",
+    }
+    scope |= {"headers": list(headers.items()), "server": ("127.0.0.1", 80)}
+    waiting = [{"type": "http.request", "body": part, "more_body": True} for part in parts[:-1]] + parts[-1:]
+
+    async def receive():
+        return waiting.pop(0) if waiting else await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
+
+
+def whole(body):
+    return [{"type": "http.request", "body": body, "more_body": False}]
+
+
+def said(found):
+    return json.loads(found[1])["error"]["message"]
+
+
+quickly = settings(deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def answered_or_refused(engine, body, headers, path):
+    status, text = reply(engine, whole(body), headers, path, "key")
+    assert status in (200, 400, 401, 404, 405, 415)
+    if status != 200:
+        assert "\n" not in json.loads(text)["error"]["message"]
+
+
+@settings(quickly, max_examples=100)
+@given(BODIES, HEADERS, st.sampled_from(["/v1/chat/completions"] * 9 + ["", "//", "/\0", "/v1/models"]))
+@example(b'{"seed": ' + b"9" * 5000, {b"host": b"localhost", b"content-type": b"application/json"}, "/v1/models")
+def test_any_request_is_answered_or_refused_in_one_line(engine, body, headers, path):
+    answered_or_refused(engine, body, headers, path)
+
+
+@pytest.mark.long
+@settings(quickly, max_examples=5000)
+@given(BODIES, HEADERS, st.just("/v1/chat/completions"))
+def test_many_requests_are_answered_or_refused_in_one_line(engine, body, headers, path):
+    answered_or_refused(engine, body, headers, path)
+
+
+def test_a_request_without_end_or_too_large_is_refused_and_a_client_may_leave(engine, monkeypatch):
+    headers = {b"host": b"localhost", b"content-type": b"application/json"}
+    monkeypatch.setattr(chat_server, "_REQUEST_SECONDS", 0.05)
+    slow = reply(engine, [b"{", {"type": "http.request", "body": b"", "more_body": True}], headers)
+    assert (slow[0], "did not come within" in said(slow)) == (408, True)
+    monkeypatch.setattr(chat_server, "_MOST_BYTES", 1 << 20)
+    large = reply(engine, [b" " * 500_000] * 3 + whole(b""), headers)
+    assert (large[0], said(large)) == (413, "a request has at most 1 MiB")
+    assert said(reply(engine, [b"{", {"type": "http.disconnect"}], headers)) == "the client left"
+
+
+@pytest.mark.parametrize("key", [" ", "a b", "\u00e9", "a\n", "\udcff"])
+def test_a_key_that_no_client_can_send_is_refused(monkeypatch, key, refused):
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    assert KEY_VARIABLE in refused("serve", "demo:aligned_a", "--port", 0, "--quiet")

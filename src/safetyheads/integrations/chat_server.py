@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import json
 import os
+import re
 import socket
 import time
 import uuid
@@ -44,6 +45,9 @@ KEY_VARIABLE = "SAFETYHEADS_API_KEY"
 """Environment variable; where it is set, clients have to send its value as their key."""
 HOST = "127.0.0.1"
 _MOST_CHOICES = 64
+# Largest request, and seconds in which all of it has to come.
+_MOST_BYTES = 1 << 24
+_REQUEST_SECONDS = 60.0
 # Settings that would change an answer and are not followed, with the values that do nothing; and harmless ones.
 _NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("top_p", "repetition_penalty", "length_penalty"), (1,)),
@@ -172,9 +176,11 @@ class AblatedChats:
 
 
 def require_serve() -> None:
-    """An InputError where the extra is not installed."""
+    """An InputError where the extra is not installed, or no client could send the key that is set."""
     if not all(map(find_spec, ("anyio", "starlette", "uvicorn"))):
         raise InputError("a server needs starlette and uvicorn: pip install 'safetyheads[serve]'")
+    if not re.fullmatch(r"[!-~]*", os.environ.get(KEY_VARIABLE, "")):
+        raise InputError(f"{KEY_VARIABLE} can hold letters, digits and signs of ASCII alone, and no blanks")
 
 
 def read_request(body: bytes) -> ChatRequest:
@@ -211,10 +217,12 @@ def plain_text(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def chat_app(chats: AblatedChats, config: ServeConfig, key: str | None = None) -> Starlette:
     """The web application: ``/v1/models`` and ``/v1/chat/completions``; a ``key`` has to be sent by clients."""
+    import anyio
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
@@ -224,6 +232,20 @@ def chat_app(chats: AblatedChats, config: ServeConfig, key: str | None = None) -
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
             raise HTTPException(401, "wrong key")
+
+    async def read_body(request: WebRequest) -> bytes:
+        body = bytearray()
+        try:
+            with anyio.fail_after(_REQUEST_SECONDS):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > _MOST_BYTES:
+                        raise HTTPException(413, f"a request has at most {_MOST_BYTES >> 20} MiB")
+        except TimeoutError:
+            raise HTTPException(408, f"the request did not come within {_REQUEST_SECONDS:g} s") from None
+        except ClientDisconnect:
+            raise HTTPException(400, "the client left") from None
+        return bytes(body)
 
     async def list_models(request: WebRequest) -> Response:
         refuse_strangers(request)
@@ -235,7 +257,7 @@ def chat_app(chats: AblatedChats, config: ServeConfig, key: str | None = None) -
         # A page of another site can send all but this without asking first.
         if not request.headers.get("content-type", "").startswith("application/json"):
             raise HTTPException(415, "the content type must be application/json")
-        asked = read_request(await request.body())
+        asked = read_request(await read_body(request))
         if asked.model not in models:
             raise HTTPException(404, f"no model {asked.model!r}; there are {', '.join(models)}")
         lengths = (asked.max_completion_tokens, asked.max_tokens, config.max_new_tokens)
@@ -316,7 +338,7 @@ def serve_chats(
     """Answer until the process is interrupted; ``tell`` is given the address and the models' names at first."""
     import uvicorn
 
-    key = os.environ.get(KEY_VARIABLE)
+    key = os.environ.get(KEY_VARIABLE) or None
     app = chat_app(AblatedChats(engine, config.parsed_ablation, config.parsed_template), config, key)
     who = "whoever sends the key" if key else f"everybody on this machine; {KEY_VARIABLE} sets a key"
     names = [UNABLATED, *map(format_heads, config.parsed_groups)]
