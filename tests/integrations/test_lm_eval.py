@@ -1,12 +1,18 @@
 """lm-eval's likelihood calls (padded on the right, without a mask) on each way of attending, against the slow twin."""
 
+import json
+
 import pytest
 import torch
 from families import oracle_of, proved
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
+from refusals import refused_in_one_line_if_at_all
 
-from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, parse_heads
-from safetyheads.integrations.lm_eval import ablated_lm, chat_of, harness_model
+from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, InputError, parse_heads
+from safetyheads.integrations import lm_eval
+from safetyheads.integrations.lm_eval import ablated_lm, chat_of, harness_model, load_tasks
 from safetyheads.runs.config import TaskOptions
 
 GROUP = parse_heads("0-1,1-0,1-3,2-2")
@@ -81,3 +87,122 @@ def test_tasks_stand_under_the_chat_template_as_in_every_other_command(engine, o
     system = [{"role": "system", "content": "Task."}] * described
     assert model.apply_chat_template([*system, {"role": "user", "content": "hi"}]) == expected
     assert model.folds_system is (described and "system" not in options)
+
+
+CONFIG = {"task": "own", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test"}
+CONFIG |= {"doc_to_text": "question", "doc_to_target": "answer", "doc_to_choice": ["a", "b"]}
+FURTHER = ("tag", "dataset_name", "dataset_kwargs", "fewshot_split", "process_docs", "process_results", "description")
+FURTHER += (
+    "target_delimiter",
+    "fewshot_config",
+    "num_fewshot",
+    "metric_list",
+    "generation_kwargs",
+    "repeats",
+    "metadata",
+)
+FURTHER += ("filter_list", "should_decontaminate", "gen_prefix", "group", "include", "class", "unsafe_code", "nope")
+TEXTS = (
+    "",
+    " ",
+    "own",
+    "{{",
+    "{{ gone.x }}",
+    "{{ 1/0 }}",
+    "{% for i in range(9**9) %}{% endfor %}",
+    "\x1b[31m",
+    "generate_until",
+)
+TEXTS += (
+    "own.yaml",
+    "gone.yaml",
+    "/dev/zero",
+    "loglikelihood_rolling",
+    "acc",
+    "name",
+    "metric",
+    "until",
+    "{{ [[1]] * 9**9 }}",
+)
+ODD = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.sampled_from([-1, 0, 3, 10**30, -0.5, float("nan")]), st.sampled_from(TEXTS)
+    ),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(TEXTS), inner, max_size=2),
+    max_leaves=4,
+)
+TASKS = st.dictionaries(st.sampled_from([*CONFIG, *FURTHER]), ODD, min_size=1, max_size=2)
+slowly = settings(deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder for a file of tasks beside its data; templates have little time."""
+    import datasets.config
+
+    path = tmp_path_factory.mktemp("tasks")
+    (path / "own.jsonl").write_text('{"question": "1", "answer": 0}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", path / "cache")
+        patch.setattr(lm_eval, "RENDER_SECONDS", 0.1)
+        yield path
+
+
+def loaded(folder, text):
+    (folder / "own.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_tasks(TaskOptions(tasks=(str(folder / "own.yaml"),), offline=True, limit=1))
+
+
+def changed(folder, changes):
+    data = {"dataset_kwargs": {"data_files": {"test": str(folder / "own.jsonl")}}}
+    return lambda: loaded(folder, json.dumps(CONFIG | data | changes))
+
+
+def test_the_task_to_be_changed_is_whole(folder):
+    assert changed(folder, {})()[0].n_requests == 2
+
+
+@settings(slowly, max_examples=25)
+@given(TASKS)
+def test_any_field_of_a_task_is_read_or_refused_in_one_line(folder, changes):
+    refused_in_one_line_if_at_all(changed(folder, changes))
+
+
+@pytest.mark.long
+@settings(slowly, max_examples=2000)
+@given(TASKS)
+def test_many_fields_of_a_task_are_read_or_refused_in_one_line(folder, changes):
+    refused_in_one_line_if_at_all(changed(folder, changes))
+
+
+LAUGHS = "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}' if n else 'lol'] * 9)}]\n" for n in range(12))
+BROKEN = {
+    "nested deep": ("metadata: " + "[" * 100_000, "is nested too deep"),
+    "nested deep, and whole": ("metadata: " + "{a: " * 300 + "1" + "}" * 300, "is nested too deep"),
+    "a billion laughs": (LAUGHS, "or its aliases stand for more"),
+    "a list within itself": ("metadata: &a [*a]", "or its aliases stand for more"),
+    "a long text again and again": (
+        f"x: &x {'a' * 99_999}\nmetadata: [{'*x, ' * 200}]",
+        "or its aliases stand for more",
+    ),
+    "includes that go round": ("include: own.yaml", "Include cycle"),
+    "a device": ("include: /dev/zero", "the tasks include /dev/zero, which is no regular file"),
+    "a number": ("include: 5", "cannot be run: TypeError"),
+    "no text": (b"metadata: \xff", "cannot be run: ReaderError"),
+    "two": ("---\n---", "expected a single document"),
+    "a tag": ("metadata: !!python/object/apply:os.getcwd []", "cannot be run: ConstructorError"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_file_of_tasks_that_no_reader_survives_is_refused_in_one_line(folder, kind):
+    text, said = BROKEN[kind]
+    with pytest.raises(InputError, match=said) as refused:
+        loaded(folder, text)
+    assert "\n" not in str(refused.value)
+
+
+def test_aliases_in_measure_are_read(folder):
+    text = json.dumps(CONFIG)[:-1] + ', "x": &x [a, b], "metadata": [*x, *x]}'
+    with pytest.raises(InputError, match="unexpected keyword argument 'x'"):
+        loaded(folder, text)

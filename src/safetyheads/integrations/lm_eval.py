@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from unittest.mock import patch
 
 from safetyheads.ablation import AnyAblation
@@ -58,6 +58,9 @@ _TASK_ERRORS = (
     MemoryError,
     SyntaxError,
 )
+# Largest file of tasks, with what its aliases stand for; and levels of nesting that none needs.
+_MOST_YAML = 1 << 24
+_MOST_LEVELS = 100
 _NEEDS_TRUST = "the tasks run code: {}; to allow it, give --trust-task-code"
 
 
@@ -358,8 +361,8 @@ def _ready(name: str, task: Any, options: TaskOptions, seed: int) -> LoadedTask:
 def _code_guarded(trusted: bool, run: dict[str, None]) -> Iterator[None]:
     """Within, tasks run no Python code but lm-eval's own, or what is ``trusted``, which is added to ``run``.
 
-    A metric without code of lm-eval's is a script, from the current folder or the hub; and a template of Jinja could
-    reach all of Python, or never end.
+    A metric without code of lm-eval's is a script, from the current folder or the hub; a template of Jinja could reach
+    all of Python, or never end; and a file of tasks could end the process that reads it.
     """
     import evaluate
     import lm_eval.tasks._yaml_loader as yaml_loader
@@ -368,6 +371,7 @@ def _code_guarded(trusted: bool, run: dict[str, None]) -> Iterator[None]:
 
     own, templates = Path(lm_eval.utils.__file__).parent, lm_eval.utils.env
     import_function, load_metric = yaml_loader._import_func_in_yml, evaluate.load
+    make_loader = yaml_loader._make_loader
 
     def meet(code: str) -> None:
         run[code] = None
@@ -386,6 +390,27 @@ def _code_guarded(trusted: bool, run: dict[str, None]) -> Iterator[None]:
         meet(f"the script of the metric {path}, from {where}")
         return load_metric(path, *given, **named)
 
+    def guarded_loader(folder: Path, **named: Any) -> Any:
+        kind = make_loader(folder, **named)
+        if folder.is_relative_to(own):
+            return kind
+
+        class Guarded(kind):  # type: ignore[misc]
+            def __init__(self, file: BinaryIO) -> None:
+                content = file.read(_MOST_YAML + 1)
+                _refuse_yaml_bombs(content, file.name)
+                super().__init__(content)
+
+            def get_single_data(self) -> Any:
+                found = super().get_single_data()
+                included = found.get("include", []) if isinstance(found, dict) else []
+                for name in included if isinstance(included, list) else [included]:
+                    if (path := folder / name).exists() and not path.is_file():  # a pipe would be waited for
+                        raise InputError(f"the tasks include {path}, which is no regular file")
+                return found
+
+        return Guarded
+
     class Sandbox(ImmutableSandboxedEnvironment):
         def from_string(self, *given: Any, **named: Any) -> Any:
             template = super().from_string
@@ -402,6 +427,7 @@ def _code_guarded(trusted: bool, run: dict[str, None]) -> Iterator[None]:
     sandbox.filters |= templates.filters
     with ExitStack() as stack:
         stack.enter_context(patch.object(yaml_loader, "_import_func_in_yml", guarded_function))
+        stack.enter_context(patch.object(yaml_loader, "_make_loader", guarded_loader))
         stack.enter_context(patch.object(evaluate, "load", guarded_metric))
         stack.enter_context(patch.object(lm_eval.utils, "env", sandbox))
         if trusted:
@@ -411,6 +437,29 @@ def _code_guarded(trusted: bool, run: dict[str, None]) -> Iterator[None]:
         finally:
             if run and not trusted:  # lm-eval goes on without a metric that could not be loaded
                 raise InputError(_NEEDS_TRUST.format(next(iter(run))))
+
+
+def _refuse_yaml_bombs(content: bytes, name: str) -> None:
+    """Refuse a file of tasks that is too large, with what its aliases stand for, or nested too deep for its reader."""
+    import yaml
+
+    # Bytes behind each anchor, and in each list or mapping that is still open; the first one is the file.
+    behind, within = dict[str | None, float](), [(None, 0.0)]
+    for event in yaml.parse(content, Loader=yaml.CSafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            behind[event.anchor] = math.inf  # until it ends: what holds itself has no end
+            within.append((event.anchor, 1.0))
+        elif isinstance(event, yaml.CollectionEndEvent | yaml.NodeEvent):
+            anchor, size = within.pop() if isinstance(event, yaml.CollectionEndEvent) else (event.anchor, 1.0)
+            if isinstance(event, yaml.ScalarEvent):
+                size += len(event.value)
+            size = behind.get(anchor, size) if isinstance(event, yaml.AliasEvent) else size
+            behind[anchor] = size
+            within[-1] = (within[-1][0], within[-1][1] + size)
+        if len(within) > _MOST_LEVELS:
+            raise InputError(f"{name} is nested too deep")
+        if max(within[-1][1], len(content)) > _MOST_YAML:
+            raise InputError(f"{name} is larger than {_MOST_YAML >> 20} MiB, or its aliases stand for more")
 
 
 @contextmanager
