@@ -1,4 +1,4 @@
-"""The errors that users see, their texts in one line, and a limit of time for what others wrote and might never end."""
+"""The errors that users see, their texts in one line, and limits of time and memory for what others wrote."""
 
 import os
 import signal
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from numbers import Integral
 
+# Where Linux tells how much memory a process has, in pages.
+_MEMORY = "/proc/self/statm"
 OVERFLOWS = "{} is not finite: the ablated model's states overflow its dtype"
 
 
@@ -93,6 +95,24 @@ def library_failures(of: str = "") -> Iterator[None]:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise InputError(of + first_line(error)) from None
+
+
+@contextmanager
+def memory_limit(n_bytes: int) -> Iterator[None]:
+    """End what takes more than so many further bytes by a MemoryError, on Linux, in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread() or not os.path.exists(_MEMORY):
+        yield
+        return
+    import resource  # not on every system
+
+    with open(_MEMORY) as file:
+        most = int(file.read().split()[0]) * resource.getpagesize() + n_bytes
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (most if before < 0 else min(before, most), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, hard))
 
 
 @contextmanager

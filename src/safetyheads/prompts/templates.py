@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
 from safetyheads.display import Shown
-from safetyheads.errors import InputError, library_failures, time_limit
+from safetyheads.errors import InputError, library_failures, memory_limit, time_limit
 from safetyheads.files import read_toml
 
 Thinking: TypeAlias = Literal["closed", "open"]
@@ -39,6 +39,8 @@ _MARK, _THOUGHT = "safetyheads", "pondering"  # no template changes these, and n
 _TAG = r"(<[^<>\s]+>|\[[^\[\]\s]+\])"  # one mark of a think block
 RENDER_SECONDS = 2
 """Seconds that a template may take, of a chat or of a task."""
+RENDER_BYTES = 1 << 29
+"""Memory that it may take."""
 _CLOCK = "{{% macro strftime_now(format) %}}{}{{% endmacro %}}"  # what templates call to get today's date
 _TIMES = 8  # so that a template's choice among a few texts shows
 _DATED = "the chat template writes today's date into the prompts; the same command on another day is another run"
@@ -386,7 +388,7 @@ class BoundTemplate(NamedTuple):
     def _apply(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
         if self.takes_parts:
             messages = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-        with time_limit(RENDER_SECONDS):
+        with time_limit(RENDER_SECONDS), memory_limit(RENDER_BYTES):
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
 
 
