@@ -395,7 +395,7 @@ def _code_guarded(trusted: bool, run: dict[str, None]) -> Iterator[None]:
         if folder.is_relative_to(own):
             return kind
 
-        class Guarded(kind):  # type: ignore[misc]
+        class Guarded(kind):  # type: ignore[misc, valid-type]
             def __init__(self, file: BinaryIO) -> None:
                 content = file.read(_MOST_YAML + 1)
                 _refuse_yaml_bombs(content, file.name)
@@ -444,7 +444,7 @@ def _code_guarded(trusted: bool, run: dict[str, None]) -> Iterator[None]:
 
 def _refuse_yaml_bombs(content: bytes, name: str) -> None:
     """Refuse a file of tasks that is too large, with what its aliases stand for, or nested too deep for its reader."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     # Bytes behind each anchor, and in each list or mapping that is still open; the first one is the file.
     behind, within = dict[str | None, float](), [(None, 0.0)]
@@ -470,7 +470,7 @@ def _as_input_error(name: str) -> Iterator[None]:
     """What a task's configuration or data can make lm-eval raise, as one line."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
-    from yaml import YAMLError  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
     try:
         yield
