@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from odd_values import ODD
 from refusals import refused_in_one_line_if_at_all
 from tiny_models import COMMON, build, saved
 from transformers import LlamaConfig
@@ -43,15 +44,12 @@ ROPES = st.fixed_dictionaries(
         for name in ("factor", "rope_theta", "original_max_position_embeddings", "low_freq_factor", "short_factor")
     },
 )
-ODD = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.sampled_from([-1, 0, 1, 3, 64, 10**9, 10**30, -0.5, 1e308, float("nan"), "", " ", "\x1b[31m", "a" * 300]),
+ANY = st.one_of(
+    ODD,
     st.sampled_from(["silu", "bfloat16", "gptq", "bert", "gpt2", "mamba", "left", "flash_attention_2"]),
     st.lists(st.sampled_from([0, -1, "x", None, "full_attention"]), max_size=3),
     st.dictionaries(st.sampled_from(["quant_method", "bits", "0", "content"]), st.sampled_from(["x", 5, "awq"])),
     ROPES,
-    st.integers(1, 700).map(lambda levels: json.loads("[" * levels + "]" * levels)),
 )
 
 
@@ -86,7 +84,7 @@ def test_the_whole_checkpoint_classifies(whole):
     assert verdict.scored
 
 
-CHANGES = st.dictionaries(st.sampled_from(PLACES), ODD, min_size=1, max_size=2)
+CHANGES = st.dictionaries(st.sampled_from(PLACES), ANY, min_size=1, max_size=2)
 slowly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -105,7 +103,7 @@ def test_any_field_is_read_or_refused_in_one_line(whole, tmp_path_factory, chang
 
 
 @settings(slowly, max_examples=40)
-@given(st.sampled_from(sorted(peft.LoraConfig().to_dict())), ODD)
+@given(st.sampled_from(sorted(peft.LoraConfig().to_dict())), ANY)
 def test_any_field_of_an_adapter_is_read_or_refused_in_one_line(whole, tmp_path_factory, name, value):
     folder = tmp_path_factory.getbasetemp() / "adapter"
     peft.get_peft_model(build(CONFIG), peft.LoraConfig(target_modules=["q_proj", "o_proj"])).save_pretrained(folder)

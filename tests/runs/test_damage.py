@@ -8,7 +8,9 @@ import shutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from odd_values import ODD, places_of, with_value
 from run_samples import audit_run
+from sealed_runs import seal
 
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.stored_files import with_checksums
@@ -69,21 +71,6 @@ def test_a_field_of_another_type_is_one_line_though_the_checksums_fit(run_json, 
     assert [entry["name"] for entry in run_json("history", ".")["runs"]] == ["whole"]
 
 
-ODD = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.sampled_from([-1, 0, 10**30, -0.5, 1e308, "", "\x1b[31m", [], {}, [None], {"n": "x"}, [[1], 2], "a" * 300]),
-)
-
-
-def places_of(fields, place=()):
-    """Every place in JSON, as keys and indices."""
-    yield place
-    below = fields.items() if isinstance(fields, dict) else enumerate(fields) if isinstance(fields, list) else ()
-    for key, value in below:
-        yield from places_of(value, (*place, key))
-
-
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     return audit_run(tmp_path_factory.mktemp("odd") / "whole")
@@ -98,16 +85,13 @@ def test_any_place_of_the_results_may_hold_anything_though_the_checksums_fit(run
     path = folder / "results.json"
     fields = json.loads(path.read_text())
     del fields["checksums"]
-    *above, last = data.draw(st.sampled_from([place for place in places_of(fields) if place]))
-    part = fields
-    for key in above:
-        part = part[key]
-    part[last] = value
-    path.write_text(json.dumps(with_checksums(RunDirectory.look(folder).key, path.name, fields)))
+    place = data.draw(st.sampled_from([place for place in places_of(fields) if place]))
+    path.write_text(json.dumps(with_value(fields, place, value)))
+    seal(folder, path.name)
     for command in ("verify", "compare --allow-warnings", "status"):
         name, *options = command.split()
         code, _, err = run(name, *([whole_run] * (name == "compare")), folder, *options)
-        assert (code in (0, 1, 2), "Traceback" in err) == (True, False), (command, above, last)
+        assert (code in (0, 1, 2), "Traceback" in err) == (True, False), (command, place)
 
 
 def test_verify_counts_the_files_and_says_which_are_damaged_or_unlisted(run, tmp_path):

@@ -635,7 +635,8 @@ def _finish(
     from safetyheads.runs.directory import RunDirectory
 
     shown = report is not None and report.show_completions
-    path, page = write_report(RunDirectory.open(out), show_completions=shown)
+    with as_damaged(out):
+        path, page = write_report(RunDirectory.open(out), show_completions=shown)
     _show(found, output, lambda: display(found, page.tables), lambda: show.print_lines([f"Report: {path}"]))
 
 

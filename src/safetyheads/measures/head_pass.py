@@ -118,8 +118,13 @@ class Readouts:
 class Keep:
     """Where a pass keeps its results: nowhere. A run keeps them in its directory, and may share the work."""
 
-    def kept(self, fields: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The result that ``fields`` determine: read from a store, or computed."""
+    def kept(
+        self,
+        fields: Mapping[str, Any],
+        compute: Callable[[], dict[str, Tensor]],
+        fits: Callable[[Mapping[str, Tensor]], bool],
+    ) -> dict[str, Tensor]:
+        """The result that ``fields`` determine: read from a store, if it ``fits``, or computed."""
         return compute()
 
     def divide(self, units: Sequence[tuple[Mapping[str, Any], float]]) -> None:
@@ -214,7 +219,7 @@ class HeadPass:
                     return self._read(hidden_of(start, chosen))
                 return {_HALVED: torch.ones(1)}
 
-            values_by_name = self._keep.kept(fields_of(indices), compute)
+            values_by_name = self._keep.kept(fields_of(indices), compute, partial(self._fits, len(chosen)))
             return None if _HALVED in values_by_name else values_by_name
 
         def parts_of(batch: Sequence[int], start: int) -> list[tuple[Sequence[int], dict[str, Tensor]]]:
@@ -233,6 +238,19 @@ class HeadPass:
                 if on_groups is not None:
                     on_groups(len(indices))
         return results
+
+    def _fits(self, n_groups: int, values_by_name: Mapping[str, Tensor]) -> bool:
+        """Whether stored values are of the names, types and shapes that reading gives."""
+        if values_by_name.keys() == {_HALVED}:
+            return n_groups > 1
+        readouts, by_prompt = self.readouts, (n_groups, len(self.sequences))
+        shapes: dict[str, tuple[int, ...]] = {angle.label: (n_groups,) for angle in readouts.angles}
+        read = {"ships": readouts.ships, "log_probability_drop": readouts.targets, "refusal_score": readouts.openers}
+        shapes |= {name: by_prompt for name, is_read in read.items() if is_read}
+        found = {name: tuple(values.shape) for name, values in values_by_name.items()}
+        return found == shapes and all(
+            values.dtype == torch.float64 and bool(values.isfinite().all()) for values in values_by_name.values()
+        )
 
     def resolution(self, unit: str) -> float:
         """Scores this close are ties in the engine's dtype; ``unit`` is ``nats`` or ``degrees``."""

@@ -47,6 +47,13 @@ class Plan(NamedTuple):
         """The plan as JSON holds it."""
         return {**self._asdict(), "rows": [list(row) for row in self.rows]}
 
+    @staticmethod
+    def is_of(n_sequences: int, stored: Mapping[str, Any]) -> bool:
+        """Whether a stored plan lays out so many sequences, each once."""
+        numbers = sorted(number for row in stored["rows"] for number in row)
+        counts = stored["groups_per_batch"], stored["threads"]
+        return numbers == list(range(n_sequences)) and min(counts) > 0
+
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Self:
         """The plan that :meth:`as_dict` gave."""

@@ -39,6 +39,7 @@ from safetyheads.runs.stored_files import (
     Fits,
     Held,
     Record,
+    as_damaged,
     content_key,
     converted,
     pack_records,
@@ -114,6 +115,8 @@ class Start(TypedDict, total=False):
     command: list[str] | str
     host: str
     pid: int
+    device: str
+    versions: dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -246,12 +249,19 @@ class RunDirectory:
 
     # What is remembered.
 
-    def remember(self, name: str, value: Any) -> Any:
+    def remember(self, name: str, value: Any, fits: Callable[[Any], bool] | None = None) -> Any:
         """Store ``value`` under ``name`` the first time, and return the stored value every time.
 
-        The plan of a run's batches is stored here: another plan would move results in their last bits.
+        The plan of a run's batches is stored here: another plan would move results in their last bits. A stored value
+        of another type, or that does not ``fit``, is set aside.
         """
-        known = self.remembered()
+        known, given = self.remembered(), parse_json(canonical_json({"value": value}), name)["value"]
+        if name in known and not (is_alike(known[name], given) and (fits is None or fits(known[name]))):
+            for place in [place for place in self._known_places if content_key({"name": name}) in place]:
+                with self._setting_aside(place):
+                    raise DamagedError(f"{self.path / place} is damaged: it does not hold what is remembered there")
+                self._known_places.discard(place)
+            del known[name]
         if name not in known:
             key, line = content_key({"name": name}), {"name": name, "value": value}
             content = partial(pack_records, self.key, _REMEMBERED, key, [line])
@@ -279,14 +289,22 @@ class RunDirectory:
     # Parts, a file a key.
 
     def tensors(
-        self, stage: str, fields: Mapping[str, Any], compute: Callable[[], Mapping[str, "Tensor"]]
+        self,
+        stage: str,
+        fields: Mapping[str, Any],
+        compute: Callable[[], Mapping[str, "Tensor"]],
+        fits: Callable[[Mapping[str, "Tensor"]], bool] | None = None,
     ) -> dict[str, "Tensor"]:
         """The tensors that ``fields`` and the run's config determine: read if stored, else computed and stored.
 
-        Either way they are what reading gives: contiguous, on the CPU.
+        Either way they are what reading gives: contiguous, on the CPU. Stored ones that do not ``fit`` are set aside.
         """
         key, place = content_key(fields), tensors_place(stage, fields)
-        tensors: dict[str, Tensor] = self._stored(place, stage, lambda: pack_tensors(self.key, stage, key, compute()))
+
+        def make() -> bytes:
+            return pack_tensors(self.key, stage, key, compute())
+
+        tensors: dict[str, Tensor] = self._stored(place, stage, make, fits=fits)
         return tensors
 
     def records(
@@ -296,6 +314,7 @@ class RunDirectory:
         compute: Callable[[], Sequence[Record]],
         mend: Callable[[list[Record]], Sequence[Record]] | None = None,
         has_failed: Callable[[Record], bool] | None = None,
+        fits: Callable[[list[Record]], bool] | None = None,
     ) -> list[Record]:
         """The records that ``fields`` determine, as :meth:`tensors`; one line of JSON each.
 
@@ -304,7 +323,11 @@ class RunDirectory:
         """
         key, place = content_key(fields), records_place(stage, fields)
         is_there = os.path.lexists(self.path / place)
-        records: list[Record] = self._stored(place, stage, lambda: pack_records(self.key, stage, key, compute()))
+
+        def make() -> bytes:
+            return pack_records(self.key, stage, key, compute())
+
+        records: list[Record] = self._stored(place, stage, make, fits=fits)
         if not is_there or mend is None or not (has_failed is None or any(map(has_failed, records))):
             return records
         if self.shard.takes(place, again=True):
@@ -460,16 +483,25 @@ class RunDirectory:
         with as_input_error(self._log_path), self._log_path.open("a", encoding="utf-8") as file:
             file.write(canonical_json({"place": place, "time": time.time(), **about}) + "\n")
 
-    def _stored(self, place: str, stage: str, make: Callable[[], bytes], replaces: bool = True) -> Any:
+    def _stored(
+        self,
+        place: str,
+        stage: str,
+        make: Callable[[], bytes],
+        replaces: bool = True,
+        fits: Callable[[Any], bool] | None = None,
+    ) -> Any:
         """What a file holds; a file that is absent or damaged is made first, unless another shard makes it."""
         if os.path.lexists(self.path / place):
             with self._setting_aside(place):
-                return self.read(place)
+                return self._read_fitting(place, fits)
         elif place in self._files:
             _log.warning("%s is lost and computed again", self.path / place)
         if self._borrowed(place):
-            self.shard.wrote(place)
-            return self.read(place)
+            with self._setting_aside(place):
+                value = self._read_fitting(place, fits)
+                self.shard.wrote(place)
+                return value
         if not self.shard.takes(place):
             raise _elsewhere({place})
         if not replaces:
@@ -481,6 +513,13 @@ class RunDirectory:
         self._note(place, seconds=time.monotonic() - began)
         self.shard.wrote(place)
         return self.read(place)
+
+    def _read_fitting(self, place: str, fits: Callable[[Any], bool] | None) -> Any:
+        value = self.read(place)
+        with as_damaged(self.path / place):
+            if fits is not None and not fits(value):
+                raise DamagedError(f"{self.path / place} is damaged: it does not hold what was asked for")
+        return value
 
     def read(self, place: str) -> Any:
         """What a file holds, once it fits what it says, its place, and the list of its stage where that is finished."""
@@ -823,6 +862,17 @@ def differences_of(*configs: Mapping[str, Any]) -> list[str]:
         words = re.sub(r"[_.]", " ", name.replace("_sha256", ""))
         differences.append(words if "_sha256" in name else f"{words} ({before} -> {after})")
     return list(dict.fromkeys(differences))
+
+
+def is_alike(stored: Any, value: Any) -> bool:
+    """Whether two values of JSON have one type: objects also the same fields, lists what the first of ``value`` is."""
+    if isinstance(value, dict):
+        same = isinstance(stored, dict) and stored.keys() == value.keys()
+        return same and all(is_alike(stored[name], of) for name, of in value.items())
+    if isinstance(value, list):
+        return isinstance(stored, list) and all(is_alike(each, first) for each in stored for first in value[:1])
+    numbers = (int, float) if isinstance(value, float) else ()
+    return type(stored) is type(value) or (type(stored) in numbers)
 
 
 def as_file_name(name: str) -> str:

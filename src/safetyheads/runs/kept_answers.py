@@ -23,11 +23,11 @@ from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts, drafts_f
 from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.answers.surprise import AnswerKey, Surprises, answer_key, row_tokens
 from safetyheads.heads import Group, format_heads, parse_heads
-from safetyheads.judges.base import Judge, Verdict
+from safetyheads.judges.base import Judge, Label, Verdict
 from safetyheads.model.planning import Plan
 from safetyheads.prompts.prompt_set import Prompt
 from safetyheads.runs.config import Progress
-from safetyheads.runs.directory import RunDirectory, records_place
+from safetyheads.runs.directory import RunDirectory, is_alike, records_place
 from safetyheads.runs.rates import GroupAnswers, without_texts
 from safetyheads.runs.shards import Units
 from safetyheads.runs.stored_files import Record, content_key, converted
@@ -50,6 +50,7 @@ _MOST_PARTS, _LEAST_PROMPTS = 16, 16
 # Drafts pay from about so many groups on: preparing them costs as much as decoding two or three groups plainly, and of
 # groups that change few answers they save half (bench/LOG.md, 2026-11-29).
 _LEAST_DRAFTED = 8
+_ANY_PLAN = Plan(((0,),), 1, 1).as_dict()
 
 
 # What answers and records have alike; and what a record has only where it is told.
@@ -61,6 +62,11 @@ _OF_VERDICT = tuple(Verdict.__dataclass_fields__)
 def has_failed(record: Record) -> bool:
     """Whether a judge failed on the answer for a passing reason, such as an endpoint that was down."""
     return any(verdict.get("passing") for verdict in record.get("verdicts", {}).values())
+
+
+def is_positive(number: float) -> bool:
+    """Whether a stored number is one that counts something."""
+    return number > 0
 
 
 Failures: TypeAlias = Counter[tuple[str, str, bool]]
@@ -263,7 +269,8 @@ class KeptAnswers:
 
                 if self.stores_completions:
                     _ = self._drafts_of(part), self._n_rows  # where they were lost they are made again
-                records = self._kept(f"vanilla-{self.name}", self._judged_fields(None, part), compute)
+                places = [(number, "", "vanilla") for number in part]
+                records = self._kept(f"vanilla-{self.name}", self._judged_fields(None, part), compute, places)
                 done(1)
                 return records
 
@@ -275,7 +282,7 @@ class KeptAnswers:
         """Measures how surprising answers are; None where that is not wanted."""
         if not self.measures_surprise:
             return None
-        n_tokens: int = self.directory.remember(f"row_tokens_{self.name}", row_tokens(self.engine))
+        n_tokens: int = self.directory.remember(f"row_tokens_{self.name}", row_tokens(self.engine), is_positive)
         return Surprises(self.engine, self.asked.token_ids, n_tokens)
 
     def under(self, part: str, groups: Sequence[Group], ablation: Ablation) -> list[GroupAnswers]:
@@ -345,8 +352,15 @@ class KeptAnswers:
                 for number, row in zip(answers, judged, strict=True)
             ]
 
+        names = [judge.name for judge in self.words]
+
+        def fits(part: Sequence[int], records: Sequence[Record]) -> bool:
+            by_words = [converted(record["by_words"], dict[str, Label]) for record in records]
+            return [record["id"] for record in records] == [*part] and all({*of} == {*names} for of in by_words)
+
         def records_of(part: Sequence[int]) -> list[Record]:
-            return self.directory.records(f"words-{self.name}", self._words_fields(part), partial(compute, part))
+            given = f"words-{self.name}", self._words_fields(part), partial(compute, part)
+            return self.directory.records(*given, fits=partial(fits, part))
 
         parts = self.directory.together(*(partial(records_of, part) for part in self._parts))
         records = sorted(chain(*parts), key=itemgetter("id"))
@@ -371,9 +385,16 @@ class KeptAnswers:
             answers = unablated_answers(self.engine, token_ids, self.decoding, stop, self._n_rows, self._halved)
             return [asdict(decoded) for decoded in answers]
 
+        def fits(records: Sequence[Record]) -> bool:
+            answers, n_tokens = converted(records, list[Answer]), self.engine.architecture.vocabulary_size
+            return len(answers) == len(part) and all(
+                0 <= token < n_tokens for decoded in answers for token in decoded.token_ids
+            )
+
         if self._decoded.keys().isdisjoint(part):
             name, fields = f"drafts-{self.name}", self._fields(None, part)
-            records = self.directory.records(name, fields, compute) if self.stores_completions else compute()
+            keep = partial(self.directory.records, name, fields, compute, fits=fits)
+            records = keep() if self.stores_completions else compute()
             self._decoded |= zip(part, (converted(record, Answer) for record in records), strict=True)
         return {number: self._decoded[number] for number in part}
 
@@ -381,7 +402,7 @@ class KeptAnswers:
     def _n_rows(self) -> int:
         """Rows a batch where answers are decoded; as when the run began, since batches move the last bits."""
         longest = self.asked.longest + self.decoding.max_new_tokens
-        n_rows: int = self.directory.remember(f"rows_{self.name}", rows_that_fit(self.engine, longest))
+        n_rows: int = self.directory.remember(f"rows_{self.name}", rows_that_fit(self.engine, longest), is_positive)
         return n_rows
 
     def _plain(
@@ -431,17 +452,22 @@ class KeptAnswers:
             self.held.clear()
             # Another plan would move margins in their last bits, and so perhaps the number of near-ties.
             key, known = self._key(ablation, block), self.directory.remembered()
+            plan: Any
             plan, (token_ids, unablated) = known.get(f"plan_drafts_{key}"), self._with_answers(block)
-            if plan is None and (drafts := drafts_of(self.engine, token_ids, unablated)):
+            drafts = drafts_of(self.engine, token_ids, unablated)
+            fits = partial(Plan.is_of, len(drafts))
+            if not (is_alike(plan, _ANY_PLAN) and fits(plan)) and drafts:
                 # Asked of the directory first: where shards start at once, all take the plan of the first one.
                 layout = self.engine.plan([draft.sequence for draft in drafts.values()])
-                plan = self.directory.remember(f"plan_drafts_{key}", layout.as_dict())
+                plan = self.directory.remember(f"plan_drafts_{key}", layout.as_dict(), fits)
             asked = self.engine, token_ids, ablation, self.decoding, self.judging.stop
-            how = None if plan is None else Plan.from_dict(plan), known.get(f"tolerance_{key}"), self._n_rows
+            tolerance: Any = known.get(f"tolerance_{key}")
+            tolerance = tolerance if is_alike(tolerance, 0.0) and tolerance >= 0 else None
+            how = Plan.from_dict(plan) if drafts else None, tolerance, self._n_rows
             verified = VerifiedDrafts(*asked, unablated, *how, self._halved)
             # Infinite where logits are not finite; JSON cannot write that.
             tolerance = min(verified.tolerance, sys.float_info.max)
-            verified.tolerance = self.directory.remember(f"tolerance_{key}", tolerance)
+            verified.tolerance = self.directory.remember(f"tolerance_{key}", tolerance, lambda stored: stored >= 0)
             self.directory.remember(f"economy_{key}", asdict(verified.cost_of_drafts))
             self.held[place] = verified
         return self.held[place]
@@ -469,7 +495,8 @@ class KeptAnswers:
                     self._surprises.known = dict(unablated)
                 return [asdict(economy), *self._judged(part, ablation.epsilon, placed, self._surprises)]
 
-            cost, *chunk = self._kept(stage, fields, compute)
+            named = [(number, format_heads(group), part) for number, group in places]
+            cost, *chunk = self._kept(stage, fields, compute, named, n_before=1)
             self.costs[content_key(fields)] = Economy(**cost)
             if drafted and f"tolerance_{self._key(ablation, block)}" not in self.directory.remembered():
                 self._drafts_under(ablation, block)
@@ -487,8 +514,27 @@ class KeptAnswers:
             parts = self.directory.together(*tasks)
         return [record for chunk in parts for record in chunk]
 
-    def _kept(self, stage: str, fields: Mapping[str, Any], compute: Callable[[], list[dict[str, Any]]]) -> list[Record]:
-        """Stored or computed records; of stored ones, what a judge failed on for a passing reason is judged again."""
+    def _kept(
+        self,
+        stage: str,
+        fields: Mapping[str, Any],
+        compute: Callable[[], list[dict[str, Any]]],
+        places: Sequence[tuple[int, str, str]],
+        n_before: int = 0,
+    ) -> list[Record]:
+        """Stored or computed records; of stored ones, what a judge failed on for a passing reason is judged again.
+
+        They are answers to the prompts of these numbers, each with its group and part, after ``n_before`` records of
+        another kind.
+        """
+        needed = {*_AS_IT_IS, "n_tokens", *(("query", "text", "token_ids") if self.stores_completions else ())}
+        names = {judge.name for judge in self.judging.judges}
+
+        def fits(records: Sequence[Record]) -> bool:
+            converted(records[:n_before], list[Economy])
+            answers = records[n_before:]
+            whole = all(record.keys() >= needed and record["verdicts"].keys() == names for record in answers)
+            return whole and [(record["id"], record["group"], record["part"]) for record in answers] == [*places]
 
         def mend(records: list[Record]) -> Sequence[Record]:
             if not self.stores_completions:
@@ -508,7 +554,7 @@ class KeptAnswers:
                 for record in records
             ]
 
-        records = self.directory.records(stage, fields, compute, mend, has_failed)
+        records = self.directory.records(stage, fields, compute, mend, has_failed, fits)
         self.failures[records_place(stage, fields)] = failures_of(records)
         return records
 

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,10 +190,15 @@ def _verdicts(
                 return [new.get(key, record) for key, record in zip(chunk, stored, strict=True)]
 
             fields = {"judge": key, "answers": list(chunk)}
-            stored = run.records(f"verdicts-{as_file_name(judge.name)}", fields, compute, mend)
+            fits = partial(_are_verdicts, len(chunk))
+            stored = run.records(f"verdicts-{as_file_name(judge.name)}", fields, compute, mend, fits=fits)
             by_key |= {key: Verdict(**record["verdict"]) for key, record in zip(chunk, stored, strict=True)}
             done(len(chunk))
     return [Verdict("unscored", CUT) if key is None else by_key[key] for key in keys]
+
+
+def _are_verdicts(n: int, records: Sequence[Record]) -> bool:
+    return [Verdict(**record["verdict"]).label in LABELS for record in records] == [True] * n
 
 
 def _whole_rates(records: Sequence[Record], verdicts: Sequence[Verdict]) -> list[Verdict]:

@@ -61,7 +61,7 @@ from safetyheads.runs.kept_answers import KeptAnswers, failed_judges
 from safetyheads.runs.provenance import model_facts, provenance, settings_of, template_facts
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.shards import Shard
-from safetyheads.runs.stored_files import Record
+from safetyheads.runs.stored_files import Record, converted
 from safetyheads.scores import GroupScorer, HeadScores
 
 Config = TypeVar("Config", bound=Any)  # its kind says which settings it has
@@ -156,8 +156,13 @@ class _KeptPass(Keep):
     def __init__(self, directory: RunDirectory, stage: str, about: Mapping[str, Any]) -> None:
         self.directory, self.stage, self.about = directory, stage, about
 
-    def kept(self, fields: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        return self.directory.tensors(self.stage, {**self.about, **fields}, compute)
+    def kept(
+        self,
+        fields: Mapping[str, Any],
+        compute: Callable[[], dict[str, Tensor]],
+        fits: Callable[[Mapping[str, Tensor]], bool],
+    ) -> dict[str, Tensor]:
+        return self.directory.tensors(self.stage, {**self.about, **fields}, compute, fits)
 
     def divide(self, units: Sequence[tuple[Mapping[str, Any], float]]) -> None:
         of_files: dict[tuple[str, ...], float] = {}
@@ -266,7 +271,8 @@ class Run(Generic[Config]):
         plan_name: str,
     ) -> HeadPass:
         """A pass over sequences of a set, whose results and plan are kept."""
-        plan = self.directory.remember(f"plan_{plan_name}", self.engine.plan(sequences).as_dict())
+        made = self.engine.plan(sequences).as_dict()
+        plan = self.directory.remember(f"plan_{plan_name}", made, partial(Plan.is_of, len(sequences)))
         keep = _KeptPass(self.directory, stage, self._about[name])
         return HeadPass(self.engine, sequences, ablation, readouts, Plan.from_dict(plan), keep)
 
@@ -289,7 +295,8 @@ class Run(Generic[Config]):
         score, n = Score(score.screened_by), len(whole.sequences)
         drawn = random.Random(getattr(self.config, "seed", 0)).sample(range(n), n)
         order = whole.least_sure_first if score.name == "mean_ships" else drawn
-        order = self.directory.remember(f"order_of_{score.name}_{name}", order)
+        place = f"order_of_{score.name}_{name}"
+        order = self.directory.remember(place, order, lambda stored: sorted(stored) == list(range(n)))
 
         def scorer_on(prompts: tuple[int, ...]) -> GroupScorer:
             sequences = [whole.sequences[number] for number in prompts]
@@ -399,7 +406,16 @@ class Run(Generic[Config]):
             return [sequence._asdict() for sequence in answer_sequences(self.engine, prompts, positions)]
 
         fields = {**self._about[name], "tokens": self.asked[name].sha256, "positions": positions}
-        records = self.directory.records(f"sequences-{name}", fields, compute)
+
+        def fits(records: Sequence[Record]) -> bool:
+            begun = [
+                record["token_ids"][: len(prompt)] == list(prompt)
+                and len(record["token_ids"]) >= record["n_wanted"] > 0
+                for record, prompt in zip(records, self.asked[name].token_ids, strict=True)
+            ]
+            return all(begun)
+
+        records = self.directory.records(f"sequences-{name}", fields, compute, fits=fits)
         return tuple(TokenSequence(tuple(record["token_ids"]), record["n_wanted"]) for record in records)
 
     def random_groups(self, groups: Sequence[Group], n_groups: int, seed: int) -> dict[Group, RandomGroups]:
@@ -414,7 +430,12 @@ class Run(Generic[Config]):
             ]
 
         fields = {"groups": texts, "n_groups": n_groups, "seed": seed, "n_heads": list(sizes)}
-        stored = _random_of_records(self.directory.records(_RANDOM, fields, compute))
+
+        def fits(records: Sequence[Record]) -> bool:
+            drawn = _random_of_records(records)
+            return [*drawn] == [*dict.fromkeys(texts)] and all(len(of.groups) <= n_groups for of in drawn.values())
+
+        stored = _random_of_records(self.directory.records(_RANDOM, fields, compute, fits=fits))
         return {group: stored[text] for group, text in zip(groups, texts, strict=True)}
 
     def say_what_is_left(self) -> None:
@@ -455,7 +476,7 @@ class Run(Generic[Config]):
     @property
     def economy(self) -> Economy:
         """What all answers cost, in this process and earlier ones."""
-        drafts = (Economy(**value) for _, value in sorted(self.directory.remembered("economy_").items()))
+        drafts = (converted(value, Economy) for _, value in sorted(self.directory.remembered("economy_").items()))
         chunks = (cost for answers in self._answers.values() for cost in answers.costs.values())
         return sum((*drafts, *chunks), Economy())
 
@@ -496,7 +517,7 @@ def run_directory(
             directory.borrow(lenders)
             if n_stored := directory.n_stored:
                 progress.say(f"this run was begun before: {n_stored} stored parts are read and not computed again")
-            threads = directory.remember("threads", torch.get_num_threads())
+            threads = directory.remember("threads", torch.get_num_threads(), lambda n: 0 < n < 2**16)
             if threads != torch.get_num_threads():
                 progress.say(f"this run goes on with {threads} threads, as it began: others may move the last bits")
             torch.set_num_threads(threads)

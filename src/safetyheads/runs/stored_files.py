@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, Self, TypeAlias, TypedDict, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from safetyheads.errors import InputError, SafetyheadsError, first_line
 from safetyheads.files import canonical_json, parse_json
+from safetyheads.judges.base import Label
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +24,58 @@ if TYPE_CHECKING:
 Record: TypeAlias = Mapping[str, Any]
 """A stored line of JSON."""
 Fits = TypeVar("Fits")
+_Count = Annotated[int, Meta(ge=0, lt=2**53)]
+_Finite = Annotated[float, Meta(gt=-1e308, lt=1e308)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class VerdictRecord(TypedDict):
+    """What a judge said of an answer: fields of :class:`.Verdict`."""
+
+    label: Label
+    reason: str
+    raw: NotRequired[str]
+    score: NotRequired[_Share | None]
+    mass: NotRequired[_Share | None]
+    passing: NotRequired[bool]
+
+
+class LaterRecord(TypedDict):
+    """What a later judge said of an answer."""
+
+    verdict: VerdictRecord
+    of: NotRequired[str]
+    judge: NotRequired[str]
+
+
+class AnswerRecord(TypedDict):
+    """A stored answer (:func:`.kept_answers.record_of`); records of some stages have more fields."""
+
+    id: _Count
+    set: str
+    part: NotRequired[str]
+    group: str
+    epsilon: NotRequired[_Finite | None]
+    seed: int
+    verdicts: dict[str, VerdictRecord]
+    behaviour: Label
+    answered: bool
+    finished: NotRequired[bool]
+    complete: NotRequired[bool]
+    changed: NotRequired[bool | None]
+    route: NotRequired[str]
+    n_tokens: NotRequired[_Count]
+    first_token: NotRequired[list[_Count]]
+    token_ids: NotRequired[list[_Count]]
+    query: NotRequired[str]
+    text: NotRequired[str]
+    thinks: NotRequired[bool]
+    thought: NotRequired[str]
+    unclosed: NotRequired[bool]
+    surprise: NotRequired[_Finite]
+    cluster: NotRequired[int]
+    category: NotRequired[str]
+
 
 _CHECKED = "checksums"
 
@@ -83,7 +137,7 @@ def converted(value: Any, kind: Callable[..., Fits]) -> Fits:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise DamagedError(str(error).replace("`", "").replace("$.", "")) from None
+        raise DamagedError(str(error).replace("`", "").replace("$.", "").replace("$", "")) from None
 
 
 # Records: a line that says what follows, then a line of JSON each.
@@ -102,9 +156,17 @@ def unpack_records(file: bytes) -> tuple[Held, list[Record]]:
     first, _, content = file.partition(b"\n")
     held = Held.read(first, content, content.count(b"\n"))
     try:  # one text of all lines is read 2.5 times as fast as line by line
-        return held, json.loads(b"[" + b",".join(content.splitlines()) + b"]")
+        lines = json.loads(b"[" + b",".join(content.splitlines()) + b"]", parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"its lines are not JSON: {first_line(error)}") from None
+    converted(lines, list[dict[str, Any]])
+    for field, kind in (("verdicts", AnswerRecord), ("verdict", LaterRecord)):
+        converted([line for line in lines if field in line], list[kind])  # type: ignore[valid-type]
+    return held, lines
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 # Tensors: a safetensors file that says in its metadata what it holds.
