@@ -56,7 +56,9 @@ _COMFORT = 20
 
 def stdout() -> Terminal:
     """The console of results, where brackets are text; as wide as COLUMNS says where it is no terminal."""
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH_OFF_TERMINAL
+    columns = os.environ.get("COLUMNS", "" if sys.stdout.isatty() else "0")
+    # Of no columns nothing would be seen.
+    width = _WIDTH_OFF_TERMINAL if columns and not columns.strip("0") else None
     return Terminal(sys.stdout, width)
 
 

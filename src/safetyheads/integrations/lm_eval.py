@@ -532,14 +532,14 @@ def _alone(seed: int, offline: bool) -> Iterator[None]:
 def _hub_answers() -> bool:
     """Whether the hub can be reached now, and may be."""
     from huggingface_hub import constants, get_session
-    from huggingface_hub.errors import HfHubHTTPError
+
+    from safetyheads.model.loading import HUB_ERRORS
 
     if constants.HF_HUB_OFFLINE:
         return False
-    client_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
-    except (client_error, OSError):
+    except HUB_ERRORS:
         return False
     return True
 

@@ -97,6 +97,8 @@ class EndpointSettings:
             raise InputError("an endpoint's cap and temperature are 0 or more, its timeout is above 0")
         if min(self.attempts, self.threads, self.reply_tokens) < 1:
             raise InputError("an endpoint needs an attempt, a thread and a token of reply at least")
+        if not self.token_field.isidentifier() or "tokens" not in self.token_field:
+            raise InputError(f"{self.token_field!a} is no endpoint's name for the number of tokens of a reply")
 
 
 class Meter:

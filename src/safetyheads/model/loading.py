@@ -6,6 +6,7 @@ import heapq
 import json
 import os
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -85,8 +86,14 @@ _ROUND_WEIGHTS_ALONE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "bitsandbytes": lambda settings: bool(settings.get("load_in_4bit", settings.get("_load_in_4bit"))),
     "quanto": lambda settings: settings.get("activations") is None,
 }
-# What transformers, the hub and safetensors raise where a checkpoint cannot be read.
-UNREADABLE = (OSError, ValueError, KeyError, ImportError)
+# The base class of a refused connection: the HTTP client, and with it the name, differs between versions.
+_CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+_CLIENT = sys.modules[_CLIENT_ERROR.__module__.partition(".")[0]]
+# What transformers, the hub and safetensors raise where a checkpoint cannot be read; the last one is of a proxy that
+# the environment names.
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, getattr(_CLIENT, "InvalidURL", _CLIENT_ERROR))
+HUB_ERRORS = (_CLIENT_ERROR, *UNREADABLE)
+"""What asking the hub raises, also where a proxy or token in the environment cannot be one."""
 # What their code trips over where a config says nonsense: words for numbers, a list for an object, no heads at all.
 _NONSENSE = (
     *(TypeError, AttributeError, ArithmeticError, AssertionError, LookupError, RecursionError),
@@ -300,8 +307,6 @@ def _weights_file(directory: Path, name: str, safe: Sequence[str], pickled: Sequ
 
 def look_at_hub(name: str, revision: str | None = None) -> None:
     """Refuse at once what is neither a directory nor on the hub: left alone, transformers retries for half a minute."""
-    # The base class of a refused connection: the HTTP client, and with it the name, differs between versions.
-    client_error: type[Exception] = HfHubHTTPError.__bases__[0]
     try:
         for file in ("config.json", "adapter_config.json"):
             if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
@@ -309,7 +314,7 @@ def look_at_hub(name: str, revision: str | None = None) -> None:
         HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT)
     except HFValidationError:
         raise InputError(f"{name!r} is neither a directory nor a hub id") from None
-    except (client_error, OSError) as error:
+    except HUB_ERRORS as error:
         why = f"the hub cannot be reached ({first_line(error)})"
         if isinstance(error, RepositoryNotFoundError):
             why = "no such model on the hub that you may read (private and gated ones need a token in HF_TOKEN)"

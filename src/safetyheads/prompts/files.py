@@ -382,10 +382,11 @@ _READERS: dict[str, Callable[[str, str], Iterator[Cells]]] = {
 
 
 def cache_directory() -> Path:
-    """The folder of downloads: ``SAFETYHEADS_CACHE``, else the user's cache directory."""
+    """The folder of downloads: ``SAFETYHEADS_CACHE`` where that is not blank, else the user's cache directory."""
     import platformdirs
 
-    return Path(os.environ.get("SAFETYHEADS_CACHE") or platformdirs.user_cache_dir("safetyheads"))
+    told = os.environ.get("SAFETYHEADS_CACHE", "")
+    return Path(told if told.strip() else platformdirs.user_cache_dir("safetyheads"))
 
 
 def download(name: str, wanted: Columns = Columns()) -> tuple[PromptFile, str | None]:

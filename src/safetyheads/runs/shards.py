@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Self, TypeAlias
 
-from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.errors import InputError, SafetyheadsError, shorten
 from safetyheads.judges.base import Judge
 from safetyheads.runs.stored_files import content_key
 
@@ -21,6 +21,7 @@ Units: TypeAlias = Mapping[tuple[str, ...], float]
 
 # Index of a task, number of tasks, and the first index, of the systems that start many processes alike.
 _ARRAYS = (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"), ("RANK", "WORLD_SIZE", None))
+_LAST = "SLURM_ARRAY_TASK_MAX"
 
 
 class Shard:
@@ -120,12 +121,9 @@ def _of_environment(environment: Mapping[str, str]) -> tuple[int, int]:
     for index_name, count_name, first_name in _ARRAYS:
         if index_name not in environment or count_name not in environment:
             continue
-        try:
-            index, count = int(environment[index_name]), int(environment[count_name])
-            first = int(environment.get(first_name, "0")) if first_name else 0
-            last = int(environment.get("SLURM_ARRAY_TASK_MAX", first + count - 1)) if first_name else count - 1
-        except ValueError:
-            raise InputError(f"{index_name} and {count_name} of the environment are no numbers") from None
+        index, count = _count(environment, index_name), _count(environment, count_name)
+        first = _count(environment, first_name) if first_name and first_name in environment else 0
+        last = _count(environment, _LAST) if first_name and _LAST in environment else first + count - 1
         if first not in (0, 1) or last - first + 1 != count or not first <= index <= last:
             raise InputError(
                 f"the job array has tasks {first} to {last} and {count} of them: a part of an array has to say "
@@ -134,3 +132,9 @@ def _of_environment(environment: Mapping[str, str]) -> tuple[int, int]:
         return index - first + 1, count
     names = " nor ".join(f"{index} with {count}" for index, count, _ in _ARRAYS)
     raise InputError(f"--shard env needs a job array: the environment has neither {names}")
+
+
+def _count(environment: Mapping[str, str], name: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", environment[name]):
+        raise InputError(f"{name} of the environment is no such number: {shorten(repr(environment[name]))}")
+    return int(environment[name])

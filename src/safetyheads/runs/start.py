@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from safetyheads.errors import InputError
+from safetyheads.errors import InputError, first_line
 from safetyheads.model.names import find_model, is_named
 from safetyheads.runs.config import ModelOptions, Progress
 from safetyheads.runs.stored_files import content_key
@@ -38,8 +38,12 @@ def load_engine(config: ModelOptions, progress: Progress, proved: bool = True) -
 def silence_libraries() -> None:
     """Silence the bars and remarks of the libraries that load models."""
     os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported; the reader of GGUF files asks nobody else
-    import transformers
-
+    try:
+        import transformers
+    except ValueError as error:  # the hub's library reads its variables when it is imported
+        raise InputError(
+            f"the environment holds a setting of the hub that cannot be read: {first_line(error)}"
+        ) from error
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
