@@ -48,3 +48,22 @@ def test_each_answer_is_damaged_as_it_is_alone(family, ablation, monkeypatch):
     assert np.abs(expected).max() > 0.1
     nothing = HeadPass(engine, sequences, ablation, readouts).measure([()])
     assert np.allclose(nothing["log_probability_drop"], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 7])
+def test_how_many_logits_are_in_float64_together_changes_no_bit(n_rows, monkeypatch):
+    engine = engine_of("llama_gqa")
+    sequences = [
+        TokenSequence(prompt + answer[:-1], len(answer)) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
+    ]
+    readouts = Readouts(ships=True, openers=(3, 9, 11), targets=tuple(ANSWERS))
+
+    def measured():
+        return HeadPass(engine, sequences, UNDIFFERENTIATED_ATTENTION, readouts)
+
+    whole = measured()
+    monkeypatch.setattr("safetyheads.measures.head_pass.IN_FLOAT64", n_rows * engine.architecture.vocabulary_size)
+    parts = measured()
+    assert parts.least_sure_first == whole.least_sure_first
+    expected = whole.measure(GROUPS)
+    assert all(torch.equal(values, expected[name]) for name, values in parts.measure(GROUPS).items())

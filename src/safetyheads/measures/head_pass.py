@@ -21,7 +21,7 @@ from safetyheads.heads import Group, Head, common_heads, format_heads
 from safetyheads.measures.subspace import Space, dominant_directions, principal_angle_sum, refuse_rank
 from safetyheads.model.engine import Engine
 from safetyheads.model.packing import TokenSequence, first_wanted, prompt_of_wanted
-from safetyheads.model.planning import Plan, halving, unless_too_large
+from safetyheads.model.planning import IN_FLOAT64, Plan, halving, unless_too_large
 from safetyheads.scores import HeadScores
 
 Value = TypeVar("Value")
@@ -164,7 +164,7 @@ class HeadPass:
         self.unablated: dict[str, Tensor] = {}
         reads_next, kept, highest = bool(readouts.ships or readouts.openers or readouts.targets), [], []
         for logits in engine.logit_chunks(hidden):
-            highest.append(_log_probabilities(logits).amax(dim=-1))
+            highest += [part.amax(dim=-1) for part in _log_probabilities(logits)]
             # Not what is made of them, which takes twice the memory.
             kept += [logits] * reads_next
         sureness = self._by_prompt(torch.cat(highest)[None])[0]
@@ -175,7 +175,7 @@ class HeadPass:
             logits = self.unablated["logits"] = torch.cat(kept)
             if readouts.openers:
                 firsts = _log_probabilities(logits[first_wanted(sequences)])
-                self.unablated["log_odds"] = log_odds(firsts, readouts.openers)
+                self.unablated["log_odds"] = torch.cat([log_odds(part, readouts.openers) for part in firsts])
         for angle in readouts.angles:
             self.unablated[angle.label] = self._directions(hidden[None], angle)[0]
 
@@ -273,7 +273,9 @@ class HeadPass:
         reads_next = self.readouts.ships or self.readouts.openers or self.readouts.targets
         values = self._read_next_token(hidden) if reads_next else {}
         # Also before the angles: there is no basis of states that are not finite.
-        if not bool(torch.stack([read.isfinite().all() for read in (hidden, *values.values())]).all()):
+        # By their bounds, which are NaN where any is: to ask each takes twice the memory of the states.
+        bounds = torch.stack([bound.double() for read in (hidden, *values.values()) for bound in read.aminmax()])
+        if not bool(bounds.isfinite().all()):
             raise SafetyheadsError(OVERFLOWS.format("a score"))
         for angle in self.readouts.angles:
             values[angle.label] = principal_angle_sum(self.unablated[angle.label], self._directions(hidden, angle))
@@ -292,7 +294,7 @@ class HeadPass:
         for log_probabilities in next_token_log_probabilities(self.engine, hidden.flatten(0, 1)):
             end = start + len(log_probabilities)
             wanted = torch.arange(start, end, device=reference.device) % n_wanted
-            unablated = _log_probabilities(reference[wanted])
+            unablated = torch.log_softmax(reference[wanted].double(), dim=-1)
             start = end
             if len(targets):
                 drops.append((unablated - log_probabilities).gather(1, targets[wanted][:, None])[:, 0])
@@ -328,11 +330,13 @@ class HeadPass:
 def next_token_log_probabilities(engine: Engine, states: Tensor) -> Iterator[Tensor]:
     """Next-token log-probabilities of states [n, d_model] before the final norm: chunks [some of n, vocabulary]."""
     for logits in engine.logit_chunks(states):
-        yield _log_probabilities(logits)
+        yield from _log_probabilities(logits)
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits.double(), dim=-1)
+def _log_probabilities(logits: Tensor) -> Iterator[Tensor]:
+    """Of logits [n, vocabulary], a part after the other: float64 takes more memory than all of them."""
+    for part in torch.split(logits, max(1, IN_FLOAT64 // logits.shape[-1])):
+        yield torch.log_softmax(part.double(), dim=-1)
 
 
 def log_odds(log_probabilities: Tensor, openers: Sequence[int]) -> Tensor:

@@ -431,12 +431,17 @@ class Engine(Shown):
         """
         facts, quick = self.architecture, self.capabilities
         calls, n = self.ablation_calls(groups, ablation), len(groups)
+        n_wanted, states, end = sum(len(each.row.wanted) for each in captures), torch.empty(0), 0
         with self.ablated_rows([()], ablation):
-            states = [
-                replay(facts, each, calls, n, start, quick) if quick.replays else rerun(facts, each.row, calls, n)
-                for each in captures
-            ]
-        return torch.cat(states, dim=1)
+            for each in captures:
+                of_row = (
+                    replay(facts, each, calls, n, start, quick) if quick.replays else rerun(facts, each.row, calls, n)
+                )
+                if not end:  # all at once: those of each row apart would leave holes in the heap
+                    states = torch.empty(n, n_wanted, of_row.shape[-1], dtype=of_row.dtype, device=of_row.device)
+                begin, end = end, end + of_row.shape[1]
+                states[:, begin:end] = of_row
+        return states
 
     @torch.inference_mode()
     def normed(self, hidden: Tensor) -> Tensor:

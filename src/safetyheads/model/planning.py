@@ -28,10 +28,14 @@ CUDA_TOKENS = 65536
 _LONGEST_ROW = 4096
 # Bytes that the masks of all rows may take together, if shorter rows can do with fewer.
 _MASKS_AT_ONCE = 1 << 25
-# Logits in flight together while next tokens are read: 176 MiB.
+# Logits in flight together while next tokens are read: 16 MiB.
 _LOGITS_AT_ONCE = 1 << 22
-# Bytes of each of them: in float32, and in float64 itself, its logarithm, what it is compared with and their product.
-_LOGIT_BYTES = 44
+# Of these, so many are in float64 together, where each takes so many bytes: itself, its logarithm, what it is compared
+# with and their product.
+IN_FLOAT64 = 1 << 19
+_FLOAT64_BYTES = 40
+# Bytes of a memory budget for each of them. Fewer would do by now, but other chunks move scores in their last bits.
+_BUDGET_A_LOGIT = 176
 
 
 class Plan(NamedTuple):
@@ -135,7 +139,7 @@ def captures_leave(n_bytes: int, budget: int) -> bool:
 
 def logits_at_once(memory_budget: int | None) -> int:
     """Logits that are in memory together, in elements, while next tokens are read."""
-    return _LOGITS_AT_ONCE if memory_budget is None else min(_LOGITS_AT_ONCE, memory_budget // (4 * _LOGIT_BYTES))
+    return _LOGITS_AT_ONCE if memory_budget is None else min(_LOGITS_AT_ONCE, memory_budget // _BUDGET_A_LOGIT)
 
 
 _TORCH_SAYS = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "ALLOC_FAILED")
@@ -333,7 +337,8 @@ class ModelCosts:
         reading = n * (len(sequences) * facts.d_model * (size + 8) + 32 * gram)
         chunk = min(max(1, at_once // facts.vocabulary_size), n * n_wanted) * facts.vocabulary_size if at_once else 0
         kept = max(4, size) * n_wanted * facts.vocabulary_size if at_once else 0
-        return kept + captured + states + max(running, states, reading, kept + 16 * chunk, _LOGIT_BYTES * chunk)
+        logits = 4 * chunk + _FLOAT64_BYTES * min(chunk, max(IN_FLOAT64, facts.vocabulary_size))
+        return kept + captured + states + max(running, reading, kept, logits)
 
     def _layer_bytes(self, n_groups: int, row: RowSize) -> tuple[int, int]:
         """Peaks of ``n_groups`` batch rows in a layer's MLP and in its attention, as transformers' layers have them."""
