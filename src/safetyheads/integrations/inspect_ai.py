@@ -5,6 +5,8 @@ inspect_ai, the extra ``inspect``, imports this module by its entry point. Nothi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anyio.to_thread
@@ -28,11 +30,20 @@ from safetyheads.errors import InputError, refuse_unknown
 from safetyheads.heads import format_heads
 from safetyheads.judges.base import Completion, verdicts_of
 from safetyheads.judges.named import judges_named, writes
-from safetyheads.runs.config import Progress, PromptOptions, ServeConfig
+from safetyheads.runs.config import AnswerOptions, JudgeOptions, Progress, PromptOptions, ServeConfig
 
 _NUMBERS = ("epsilon", "memory")
 _TOKENS = 128
 _NOT_FOLLOWED = ("top_p", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "response_schema")
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """An InputError as inspect's own kind, which it shows without a traceback."""
+    try:
+        yield
+    except InputError as error:
+        raise PrerequisiteError(str(error)) from error
 
 
 def model_config(model: str, arguments: dict[str, Any]) -> ServeConfig:
@@ -70,12 +81,10 @@ class AblatedModel(ModelAPI):  # type: ignore[misc]
         from safetyheads.runs.start import load_engine
 
         super().__init__(model_name, base_url, api_key, [], config)
-        try:
+        with _in_one_line():
             self.settings = model_config(model_name, arguments)
             engine = load_engine(self.settings, Progress())
             refuse_groups(engine, self.settings)
-        except InputError as error:
-            raise PrerequisiteError(str(error)) from error
         self.group = next(iter(self.settings.parsed_groups), ())
         self.chats = AblatedChats(engine, self.settings.parsed_ablation, self.settings.parsed_template)
 
@@ -137,7 +146,9 @@ def safetyheads() -> type[ModelAPI]:
 @scorer(metrics=[mean(), stderr()])  # type: ignore[untyped-decorator]
 def judge(name: str = "phrases", device: str = "cpu", tokens: int | None = None) -> Scorer:
     """1 where the answer complies by a judge of ours, else 0; no score where the judge fails. The mean is the ASR."""
-    (own,) = judges_named([name], device, tokens)
+    with _in_one_line():
+        options = JudgeOptions(judges=(name,), judge_device=device, judge_tokens=tokens)
+        (own,) = judges_named(options.judges, device, tokens)
 
     async def score(state: TaskState, target: Target) -> Score:
         output, metadata = state.output, state.output.metadata or {}
@@ -167,16 +178,16 @@ def asr(
     """Attack success rate (Eq 10), greedily, as ``safetyheads asr`` measures it; ``-T prompts=FILE``."""
     from safetyheads.runs.run import read_set
 
-    try:
+    with _in_one_line():
+        names = (judges,) if isinstance(judges, str) else judges
+        given: dict[str, Any] = {"judge_device": judge_device, "judge_tokens": judge_tokens}
+        options = AnswerOptions(judges=names, max_new_tokens=max_new_tokens, **given)
         read = read_set("harmful", prompts, PromptOptions(prompts, column=column))
-        names = [judges] if isinstance(judges, str) else judges
-        pairs = zip(names, judges_named(names, judge_device, judge_tokens), strict=True)
+        pairs = zip(options.judges, judges_named(options.judges, judge_device, judge_tokens), strict=True)
         scorers = [
-            judge(name, judge_device if hasattr(own, "look") else "cpu", judge_tokens if writes(own) else None)
-            for name, own in pairs
+            judge(name, judge_device if hasattr(named, "look") else "cpu", judge_tokens if writes(named) else None)
+            for name, named in pairs
         ]
-    except InputError as error:
-        raise PrerequisiteError(str(error)) from error
     samples = [
         Sample(
             input=[
