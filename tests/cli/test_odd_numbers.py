@@ -82,3 +82,4 @@ def test_numbers_in_measure_come_to_the_model(run, unread):
         assert READ in refused_whole(run, *command)
     assert "top must be at least 1" in refused_whole(run, "ships", *COMMAND, "--top", 0)
     assert READ not in refused_whole(run, "plan", 0, "audit", *COMMAND)
+    assert "--label-sheet is a whole number" in refused_whole(run, "judge", ".", "--label-sheet", 1.5, "new.csv")

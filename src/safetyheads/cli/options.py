@@ -148,7 +148,8 @@ def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
 def refuse_misread(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Refuse a fraction for a whole number, and a blank path, which would mean the current directory."""
     for argument in arguments:
-        kinds = argument.hint, *get_args(argument.hint)
+        inner = get_args(argument.hint)
+        kinds = argument.hint, *inner, *(kind for part in inner for kind in get_args(part))
         for token in argument.tokens:
             if int in kinds and re.fullmatch(r"[+-]?\d*\.\d*", token.value):
                 raise InputError(f"{argument.name} is a whole number; got {token.value}")

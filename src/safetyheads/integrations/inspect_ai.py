@@ -180,8 +180,8 @@ def asr(
 
     with _in_one_line():
         names = (judges,) if isinstance(judges, str) else judges
-        given: dict[str, Any] = {"judge_device": judge_device, "judge_tokens": judge_tokens}
-        options = AnswerOptions(judges=names, max_new_tokens=max_new_tokens, **given)
+        given: dict[str, Any] = {"judges": names, "judge_device": judge_device, "judge_tokens": judge_tokens}
+        options = AnswerOptions(max_new_tokens=max_new_tokens, **given)
         read = read_set("harmful", prompts, PromptOptions(prompts, column=column))
         pairs = zip(options.judges, judges_named(options.judges, judge_device, judge_tokens), strict=True)
         scorers = [
