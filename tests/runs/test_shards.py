@@ -172,6 +172,12 @@ def task_of_array(**told):
         ("env", {"RANK": "1", "WORLD_SIZE": "4"}, (2, 4)),
         ("env", task_of_array(ID=3, COUNT=4, MIN=1), (3, 4)),
         ("env", {}, "needs a job array"),
+        ("env", task_of_array(ID=3, COUNT=4, MIN=1) | {"RANK": "0", "WORLD_SIZE": "1"}, (3, 4)),
+        (
+            "env",
+            task_of_array(ID=3, COUNT=4, MIN=1) | {"RANK": "1", "WORLD_SIZE": "8"},
+            r"several arrays \(SLURM_ARRAY_TASK_COUNT 4, WORLD_SIZE 8\): say --shard I/N itself",
+        ),
         # Only the tasks that were lost were sent again.
         (
             "env",
@@ -250,6 +256,35 @@ def test_other_versions_are_joined_only_where_asked_and_say_so(tmp_path):
         (note,) = mixed_notes(directory)
     assert 'device ("cpu" -> "cuda A100"), versions torch ("1" -> "2"), versions torch ("1" -> "3")' in note
     assert RunDirectory.verify(tmp_path / "out").damaged == {}
+
+
+def test_units_of_other_devices_may_differ_a_little_and_the_largest_limit_of_near_ties_holds(tmp_path):
+    folders = [tmp_path / name for name in ("cpu", "a100", "h100")]
+    for folder, added, limit in zip(folders, (0.0, 5e-6, 2e-5), (1e-4, 3e-4, 2e-4), strict=True):
+        unit_files(folder, None, {"device": folder.name}, (1.0 + added, 2.0, 3.0))
+        with RunDirectory.start(folder, {"device": folder.name}, {}) as run:
+            run.remember("tolerance_5", limit)
+    merge(tmp_path / "out", folders[:2], {}, mixed=True)
+    assert unit_files(tmp_path / "out", None, {"device": "cpu"}) == [1.0, 2.0, 3.0]
+    with RunDirectory.start(tmp_path / "out", {"device": "cpu"}, {}) as run:
+        assert run.remembered()["tolerance_5"] == 3e-4
+    with pytest.raises(InputError, match="numbers by at most 2e-05"):
+        merge(tmp_path / "other", [folders[0], folders[2]], {}, mixed=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_shards_of_a_sweep_are_told_and_joined_audit_by_audit(tmp_path, run, run_json):
+    for name in ("first", "second"):
+        for index in (1, 2):
+            with pytest.raises(ElsewhereError):
+                unit_files(tmp_path / f"shard{index}" / name, Shard(index, 2))
+    told = run_json("status", tmp_path / "shard1")["runs"]
+    assert {name: status["missing_shards"] for name, status in told.items()} == {"first": "2", "second": "2"}
+    code, _, err = run("merge", tmp_path / "out", tmp_path / "shard1")
+    assert (code, "run shards 2 of 2 again" in err) == (3, True)
+    assert run_json("merge", tmp_path / "out", tmp_path / "shard1", tmp_path / "shard2")["files"] == 6
+    assert [unit_files(tmp_path / "out" / name) for name in ("first", "second")] == [[1.0, 2.0, 3.0]] * 2
+    assert run_json("status", tmp_path / "out" / "first")["seconds_left"] in (None, 0.0)
 
 
 def test_a_shard_judges_its_own_answers_again_and_results_list_what_others_wrote(tmp_path):

@@ -437,21 +437,29 @@ def verify(run: Annotated[Path, Parameter(help="Run directory, finished or not."
 
 @command
 def status(
-    run: Annotated[Path, Parameter(help="Run directory, finished or not.")], /, *, output: OutputOptions
+    run: Annotated[Path, Parameter(help="Run directory or a sweep's folder, finished or not.")],
+    /,
+    *,
+    output: OutputOptions,
 ) -> None:
     """Say how far a run is, from its files alone: units done, in work and missing, seconds a unit, time left."""
-    from safetyheads.runs.directory import status_of
+    from safetyheads.runs.directory import runs_within, status_of
 
     with as_damaged(run):
-        found = status_of(run)
-    _show(found._asdict(), output, lambda: show.print_lines(found.lines))
+        found = {name: status_of(run / name) for name in runs_within(run)}
+    if "." in found:
+        _show(found["."]._asdict(), output, lambda: show.print_lines(found["."].lines))
+    else:
+        lines = [f"{name}: {line}" for name, status in found.items() for line in status.lines]
+        told = {"runs": {name: status._asdict() for name, status in found.items()}}
+        _show(told, output, lambda: show.print_lines(lines))
 
 
 @command
 def merge(
     out: Annotated[Path, Parameter(help="Run directory to write; one that holds a part of the run takes more.")],
     /,
-    *runs: Annotated[Path, Parameter(help="Run directories of the shards.")],
+    *runs: Annotated[Path, Parameter(help="Run directories of the shards, or their folders of a sweep.")],
     output: OutputOptions,
     mixed: Annotated[
         bool, Parameter(help="Join runs of other devices or versions of libraries too.", negative="")
@@ -461,12 +469,17 @@ def merge(
 
     Refused are gaps, files of one unit that disagree, damaged files, and runs with other settings.
     """
+    from safetyheads.runs.directory import runs_within
     from safetyheads.runs.merge import merge as merge_runs
     from safetyheads.runs.provenance import provenance
 
     if not runs:
         raise InputError("name the run directories to join, after the one to write")
-    n_files = merge_runs(out, runs, provenance(sys.argv), mixed)
+    n_files = 0
+    for name in sorted({name for run in runs for name in runs_within(run)}):
+        n_files += merge_runs(
+            out / name, [run / name for run in runs if (run / name).exists()], provenance(sys.argv), mixed
+        )
     line = f"{out} holds {n_files} files of units and plans; the run's own command with --out {out} goes on from there"
     _show({"out": str(out), "files": n_files}, output, lambda: show.print_lines([line]))
     return 0

@@ -936,7 +936,7 @@ class Status(NamedTuple):
         ]
         lines.append(f"{total['done']} of {total['units']} known units are done")
         if self.seconds_a_unit is not None:
-            left = "" if self.seconds_left is None else f"; about {duration(self.seconds_left)} left for known units"
+            left = "" if not self.seconds_left else f"; about {duration(self.seconds_left)} left for known units"
             lines[-1] += f", {duration(self.seconds_a_unit)} each{left}"
         if self.missing_shards and self.shards == 1:
             lines.append("the run's own command goes on with the missing units")
@@ -949,6 +949,13 @@ class Status(NamedTuple):
         if self.finished:
             lines.append("the run has finished")
         return lines
+
+
+def runs_within(folder: Path) -> list[str]:
+    """Names of the run directories in a sweep's folder; ``.`` for a folder that is none."""
+    if (folder / "manifest.json").exists():
+        return ["."]
+    return sorted(manifest.parent.name for manifest in folder.glob("*/manifest.json")) or ["."]
 
 
 def status_of(folder: Path) -> Status:

@@ -12,6 +12,9 @@ from safetyheads.runs.stored_files import content_key
 
 _MAY_DIFFER = ("device", "versions")
 _SHOWN = 6
+# Numbers of other devices or versions agree within so much.
+_CLOSE = 1e-5
+_NEAR_TIES = "remembered/tolerance_"
 
 
 def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mixed: bool = False) -> int:
@@ -19,6 +22,8 @@ def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mix
 
     Nothing is written unless all fits: no file is damaged, no two disagree about one unit, and every unit of the plan
     is in some directory. ``mixed`` lets runs of other devices or versions of libraries take part; the results say so.
+    Then numbers of one unit may differ by 1e-5, the first run's being kept; of limits of near-ties, which each machine
+    measures, the largest holds.
     """
     runs = [RunDirectory.look(folder) for folder in [*[out] * (out / "manifest.json").exists(), *folders]]
     if not folders:
@@ -32,7 +37,10 @@ def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mix
             holder = holders.setdefault(place, run)
             told, other = run.checksum(place), holder.checksum(place)
             if (told != other or run.key != holder.key) and _content(run, place) != _content(holder, place):
-                raise InputError(_disagreement(holder, run, place))
+                kept = _kept(holder, run, place) if mixed else None
+                if kept is None:
+                    raise InputError(_disagreement(holder, run, place))
+                holders[place] = kept
     _refuse_gaps(runs[-len(folders) :], set(holders))
     with RunDirectory.start(out, first.manifest.config, provenance, "merge") as merged:
         for place, run in sorted(holders.items()):
@@ -66,20 +74,36 @@ def _content(run: RunDirectory, place: str) -> Any:
     return content if isinstance(content, list) else {name: tensor.tolist() for name, tensor in content.items()}
 
 
+def _differing(first: RunDirectory, other: RunDirectory, place: str) -> list[tuple[Any, Any]]:
+    """Values of two files of one unit that differ; None is one that a file lacks."""
+    sides = [dict(leaves(_content(run, place))) for run in (first, other)]
+    names = sorted(sides[0].keys() | sides[1].keys())
+    return [(sides[0].get(name), sides[1].get(name)) for name in names if sides[0].get(name) != sides[1].get(name)]
+
+
+def _kept(first: RunDirectory, other: RunDirectory, place: str) -> RunDirectory | None:
+    """Of two runs on other devices or versions, whose file of a unit holds; None where they disagree."""
+    pairs, is_limit = _differing(first, other, place), place.startswith(_NEAR_TIES)
+    if not all(isinstance(a, float) and isinstance(b, float) for a, b in pairs):
+        return None
+    if is_limit:
+        return other if pairs[0][1] > pairs[0][0] else first
+    return first if all(abs(a - b) <= _CLOSE for a, b in pairs) else None
+
+
 def _disagreement(first: RunDirectory, other: RunDirectory, place: str) -> str:
     """Two files of one unit that differ, and by how much."""
-    sides = [dict(leaves(_content(run, place))) for run in (first, other)]
-    names = [name for name in sides[0].keys() | sides[1].keys() if sides[0].get(name) != sides[1].get(name)]
-    pairs = [(sides[0].get(name), sides[1].get(name)) for name in names]
+    pairs, count = _differing(first, other, place), len(list(leaves(_content(first, place))))
     numbers = [abs(a - b) for a, b in pairs if isinstance(a, int | float) and isinstance(b, int | float)]
     most = f", numbers by at most {max(numbers):.3g}" if numbers else ""
     why = ""
     if place.startswith("remembered/"):
         why = (
-            "; they laid out their batches for other free memory or threads: give each the same --memory and --threads"
+            "; they laid out their batches for other free memory, threads or kinds of device: give each the same "
+            "--memory and --threads, on CPUs alone or on GPUs alone"
         )
     where = f"{first.path} and {other.path} disagree about {place}"
-    return f"{where}: {len(names)} of {len(sides[0])} values differ{most}{why}"
+    return f"{where}: {len(pairs)} of {count} values differ{most}{why}"
 
 
 def _refuse_gaps(runs: Sequence[RunDirectory], there: set[str]) -> None:

@@ -118,6 +118,9 @@ def array_text(indices: list[int]) -> str:
 
 
 def _of_environment(environment: Mapping[str, str]) -> tuple[int, int]:
+    counts = [count for index, count, _ in _ARRAYS if index in environment and count in environment]
+    if len(several := [f"{name} {environment[name]}" for name in counts if _count(environment, name) > 1]) > 1:
+        raise InputError(f"--shard env finds several arrays ({', '.join(several)}): say --shard I/N itself")
     for index_name, count_name, first_name in _ARRAYS:
         if index_name not in environment or count_name not in environment:
             continue
