@@ -497,6 +497,8 @@ def plan(
     most, and how they depend on each other. With --machine 2xH100 it counts the run from the model's config and
     tokenizer alone, and writes nothing.
     """
+    if shards < 1 or not arguments:
+        raise InputError("plan takes a number of shards and a command: plan 8 audit MODEL --prompts FILE --out RUN")
     out = _exit_code([*arguments, "--shard", f"0/{shards}"])
     return 0 if out == 3 else out
 
