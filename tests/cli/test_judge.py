@@ -84,3 +84,17 @@ def test_a_fault_of_a_judge_is_no_damage_of_the_run_and_the_other_way_round(run,
     assert f"{folder} does not hold what is read of it: KeyError, 'sampling'" in refused(
         "judge", folder, "--judge", "released"
     )
+
+
+def test_judging_again_needs_every_answer_and_mends_its_own_files(run, refused, folder):
+    assert run("judge", folder, "--judge", "released")[0] == 0
+    results = (folder / "results.json").read_bytes()
+    for kind in ("judged", "verdicts"):
+        (own,) = folder.glob(f"completions/{kind}-released-*")
+        own.write_text("{}")
+    assert run("judge", folder, "--judge", "released")[0] == 0
+    assert (run("verify", folder)[0], (folder / "results.json").read_bytes()) == (0, results)
+    (answers,) = folder.glob("completions/heads-harmful-*")
+    answers.write_text(answers.read_text().replace("refused", "complied", 1))
+    assert f"{answers.name} is damaged" in refused("judge", folder, "--judge", "released")
+    assert (folder / "results.json").read_bytes() == results

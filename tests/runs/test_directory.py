@@ -12,6 +12,7 @@ import textwrap
 
 import pytest
 import torch
+from sealed_runs import seal
 
 from safetyheads.errors import InputError, SafetyheadsError
 from safetyheads.files import write_atomically
@@ -332,3 +333,36 @@ def test_a_kill_while_writing_leaves_the_old_file_whole(tmp_path):
     assert any(name.endswith(".partial") for name in names(tmp_path))
     started(tmp_path / "run", {}).close()
     assert not any(name.endswith(".partial") for name in names(tmp_path))
+
+
+def test_what_holds_something_else_than_was_asked_for_is_set_aside_though_its_checksum_fits(tmp_path, caplog):
+    folder = tmp_path / "run"
+    with started(folder) as run:
+        run.remember("threads", 1)
+        run.records("numbers", FIELDS, lambda: [{"n": 1}])
+        run.tensors("scores", FIELDS, lambda: {"ships": torch.zeros(2)})
+        run.write_results({"kind": "made up"})
+        later = [run.path / place for place in run.places()]
+    for path in later:
+        path.write_bytes(path.read_bytes().replace(b'"value":1', b'"value":[]').replace(b'"n":1', b'"m":1'))
+        seal(folder, str(path.relative_to(folder)), alone=True)
+    with started(folder) as run:
+        assert run.remember("threads", 2) == 2
+        assert run.records("numbers", FIELDS, lambda: [{"n": 2}], fits=lambda records: records[0]["n"] == 1) == [
+            {"n": 2}
+        ]
+        assert run.tensors("scores", FIELDS, lambda: {"ships": torch.ones(3)}, lambda of: of["ships"].shape == (3,))
+    assert len(names(folder / "set-aside")) == 3
+    assert caplog.text.count("it does not hold") + caplog.text.count("does not hold what is read") == 3
+
+
+@pytest.mark.parametrize("place", ["completions", "stages/numbers.json"])
+def test_a_list_or_a_file_that_is_damaged_costs_no_other(tmp_path, place):
+    with started(tmp_path) as run:
+        for n in range(2):
+            run.records("numbers", {"n": n}, lambda n=n: [{"n": n}])
+        run.write_results({"kind": "made up"})
+    first = next(path for path in sorted((tmp_path / place).glob("*"))) if place == "completions" else tmp_path / place
+    first.write_text("{}")
+    with started(tmp_path) as run:
+        assert len(list(run.stored_records("numbers"))) == (1 if place == "completions" else 2)

@@ -41,6 +41,8 @@ COMMANDS = {
 }
 DATED = ("starts", "timings.json", "set-aside")
 """What holds dates and seconds, or was damaged."""
+LATER = ("completions/judged-", "completions/verdicts-")
+"""What a later judge said."""
 LISTED = ("completions", "shards", "remembered", "stages")
 """What others list: checksums of their own do not make such files fit."""
 
@@ -150,8 +152,10 @@ def holds(stored, name, place, content, checksums):
         assert len(lines) == 1
         assert code == 3 or lines[0].startswith("error: ")
     index_page(Path())  # the pages of whole runs are listed beside it
+    # The run's own command cannot ask a later judge again: it names the file, and leaves the judge out or goes on.
+    is_later = name == "again" and place.startswith(LATER)
     may_fit = checksums == "all" or (checksums == "its own" and (name == "again" or not place.startswith(LISTED)))
-    if code or may_fit or place.startswith(DATED):
+    if code or may_fit or is_later or place.startswith(DATED):
         return
     assert name != "verify"
     known = stored.without_change(name)

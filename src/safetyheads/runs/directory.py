@@ -640,6 +640,11 @@ class RunDirectory:
         for place in self._names("stages/*.json"):
             with self._setting_aside(place):
                 self._load_stage(place)
+                continue
+            # Without the list, its files say themselves whether they are whole.
+            for part in (part for part in self.places() if stage_of(part) == Path(place).stem):
+                with self._setting_aside(part):
+                    self.read(part)
 
     # Times, reports, checks.
 

@@ -116,7 +116,11 @@ def scan_results(run: Run[ScanConfig]) -> dict[str, Any]:
     later = [judge for judge in run.directory.earlier_results().get("judges", ()) if judge["name"] not in own]
     if later:
         records = list(with_later_verdicts(run.directory, records, [judge["name"] for judge in later]))
-    judges += [judge for judge in later if all(judge["name"] in record["verdicts"] for record in records)]
+    for judge in later:
+        if all(judge["name"] in record["verdicts"] for record in records):
+            judges.append(judge)
+        else:
+            run.progress.say(f"{judge['name']} is left out: verdicts of it are lost; judge the run by it again")
     return about | results_of_records(records, about, judges, random_groups_of(run.directory))
 
 

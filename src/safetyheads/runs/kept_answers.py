@@ -498,7 +498,8 @@ class KeptAnswers:
             named = [(number, format_heads(group), part) for number, group in places]
             cost, *chunk = self._kept(stage, fields, compute, named, n_before=1)
             self.costs[content_key(fields)] = Economy(**cost)
-            if drafted and f"tolerance_{self._key(ablation, block)}" not in self.directory.remembered():
+            kinds = ("plan_drafts", "tolerance", "economy") if drafted else ()  # results tell what the drafts cost
+            if {f"{kind}_{self._key(ablation, block)}" for kind in kinds} - self.directory.remembered().keys():
                 self._drafts_under(ablation, block)
             return chunk if self.holds_texts else [without_texts(record, self._shared) for record in chunk]
 
