@@ -12,7 +12,7 @@ from refusals import refused_in_one_line_if_at_all
 
 from safetyheads.cli import show
 from safetyheads.errors import InputError
-from safetyheads.judges.endpoint import ADDRESSES, SETTING_PREFIX, EndpointSettings, endpoint_judge
+from safetyheads.judges.endpoint import ADDRESSES, SETTING_PREFIX, EndpointJudge, EndpointSettings, endpoint_judge
 from safetyheads.model import loading
 from safetyheads.prompts.files import cache_directory
 from safetyheads.runs.shards import Shard
@@ -52,12 +52,13 @@ def test_any_job_array_is_taken_or_refused_in_one_line(environment):
     refused_in_one_line_if_at_all(lambda: Shard.parse("env", environment=environment))
 
 
-@settings(quickly, max_examples=12)
+@settings(quickly, max_examples=60)
 @given(JUDGES)
 @example({f"{SETTING_PREFIX}TOKEN_FIELD": "model"})
 def test_any_setting_of_an_endpoint_is_taken_or_refused_in_one_line(environment):
     address = dict(zip(ADDRESSES[0], ("http://127.0.0.1:9/v1", "key"), strict=True))
-    with patch.dict(os.environ, address | environment):
+    # A client takes a third of a second to make.
+    with patch.dict(os.environ, address | environment), patch.object(EndpointJudge, "_client"):
         refused_in_one_line_if_at_all(lambda: endpoint_judge("a-model"))
 
 
