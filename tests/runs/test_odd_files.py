@@ -180,7 +180,7 @@ quietly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("stored", ["audit"], indirect=True)
-@settings(quietly, max_examples=8)
+@settings(quietly, max_examples=4)
 @examples()
 def test_a_file_with_anything_in_it_is_used_as_it_was_or_refused_in_one_line(stored, data, name, checksums):
     any_change(stored, data, name, checksums)
