@@ -499,9 +499,11 @@ def read_tokenizer(
         _refuse_growing_texts(source, arguments["revision"])
         with _silent_stderr(), library_failures():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **arguments)
-            # What fails on any text, and on token ids, fails on its own.
+            # What fails on any text, of signs or of letters, fails on its own.
             known = heapq.nsmallest(_N_PROVED, tokenizer.get_vocab().values())
-            tokenizer(tokenizer.decode(known))
+            words = (text for token in known if (text := tokenizer.decode([token])).isalpha())
+            for text in (tokenizer.decode(known), next(words, "")):
+                tokenizer(text)
     except (*UNREADABLE, *_NONSENSE, RuntimeError) as error:
         if file is None and os.path.isdir(source) and not _has_tokenizer(Path(source)):
             raise InputError(f"{source} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})") from error
