@@ -99,8 +99,13 @@ def library_failures(of: str = "") -> Iterator[None]:
 
 @contextmanager
 def memory_limit(n_bytes: int) -> Iterator[None]:
-    """End what takes more than so many further bytes by a MemoryError, on Linux, in the main thread alone."""
-    if threading.current_thread() is not threading.main_thread() or not os.path.exists(_MEMORY):
+    """End what takes more than so many further bytes by a MemoryError, on Linux, where no other thread is at work.
+
+    The limit is the whole process's, so another thread would be held to it too; daemons, which draw a bar or listen,
+    take little.
+    """
+    at_work = [thread for thread in threading.enumerate() if not thread.daemon]
+    if at_work != [threading.current_thread()] or not os.path.exists(_MEMORY):
         yield
         return
     import resource  # not on every system

@@ -26,13 +26,13 @@ class Keys(OneProcess):
     def __init__(self):
         self.keys = []
 
-    def remember(self, _, value):
+    def remember(self, _, value, *__):
         return value
 
     def remembered(self, _=""):
         return {}
 
-    def records(self, stage, fields, *_):
+    def records(self, stage, fields, *_, **__):
         self.keys.append(content_key(fields))
         if stage.startswith("drafts-"):
             return [asdict(Answer((), True, 1))] * len(fields["prompts"])

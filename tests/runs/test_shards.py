@@ -282,6 +282,8 @@ def test_the_shards_of_a_sweep_are_told_and_joined_audit_by_audit(tmp_path, run,
     assert {name: status["missing_shards"] for name, status in told.items()} == {"first": "2", "second": "2"}
     code, _, err = run("merge", tmp_path / "out", tmp_path / "shard1")
     assert (code, "run shards 2 of 2 again" in err) == (3, True)
+    code, _, err = run("merge", tmp_path / "out", tmp_path / "shard1", tmp_path / "shard3")
+    assert (code, "is not a run directory" in err) == (2, True)
     assert run_json("merge", tmp_path / "out", tmp_path / "shard1", tmp_path / "shard2")["files"] == 6
     assert [unit_files(tmp_path / "out" / name) for name in ("first", "second")] == [[1.0, 2.0, 3.0]] * 2
     assert run_json("status", tmp_path / "out" / "first")["seconds_left"] in (None, 0.0)

@@ -120,11 +120,12 @@ def test_a_model_is_freed_before_the_next_one_is_read_and_one_too_large_stops_no
 
 def test_adapters_of_one_base_share_its_weights_and_each_has_the_bytes_that_it_has_alone(tmp_path, monkeypatch):
     models, read, weights, really = [MODEL], [], [], loading.read_weights
-    for seed in range(2):
+    for seed, brings_embeddings in enumerate((False, True, False)):
         torch.manual_seed(seed)
         base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint_path("aligned_a"))
-        settings = peft.LoraConfig(target_modules=["o_proj"], modules_to_save=["norm"], init_lora_weights=False)
-        peft.get_peft_model(base, settings).save_pretrained(tmp_path / f"adapter{seed}")
+        base.get_input_embeddings().weight.data += 0.1
+        adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False))
+        adapted.save_pretrained(tmp_path / f"adapter{seed}", save_embedding_layers=brings_embeddings)
         models.append({"model": MODEL, "adapter": str(tmp_path / f"adapter{seed}")})
     monkeypatch.setattr(loading, "read_weights", lambda *given, **named: read.append(0) or really(*given, **named))
 
@@ -135,12 +136,13 @@ def test_adapters_of_one_base_share_its_weights_and_each_has_the_bytes_that_it_h
 
     audits = audits_of(SHORT | AXES | {"ablations": ["ua"], "models": models}, tmp_path / "all")
     _, failed = carry_out_sweep(audits, load, Progress())
-    assert (failed, len(read)) == ({}, 1)
-    base, first, second = weights
-    assert (base - first, first & second) == (set(), base)
+    # The second adapter would write its embeddings into the base.
+    assert (failed, len(read)) == ({}, 2)
+    base, first, second, third = weights
+    assert (base - first, first & third, base & second) == (set(), base, set())
     place, config = list(audits.items())[-1]
     run_audit(load(config), config, tmp_path / "alone" / place.name)
-    assert len(read) == 2
+    assert len(read) == 3
     assert bytes_of(tmp_path / "alone" / place.name) == bytes_of(place)
 
 

@@ -188,7 +188,8 @@ def completions(
             name = "harmful_test" if number % 3 < 2 else "benign_test"
             label = "complied" if group or name == "benign_test" else "refused"
             row = {"id": number, "set": name, "group": group, "query": f"Explain how to smash a lamp, take {number}."}
-            row |= {"text": text, "category": "lamps" if number % 3 else "vases", "seed": 0, "behaviour": label}
+            row |= {"text": text, "category": "lamps" if number % 3 else "vases", "seed": 0}
+            row |= {"behaviour": label, "answered": label != "refused"}
             rows.append(row | {"verdicts": {"paper": {"label": label, "reason": "no keyword"}}})
     return rows
 

@@ -467,7 +467,8 @@ def merge(
 ) -> int:
     """Join the directories of a run's shards; the run's own command with this --out goes on and writes the results.
 
-    Refused are gaps, files of one unit that disagree, damaged files, and runs with other settings.
+    Refused are gaps, files of one unit that disagree, damaged files, and runs with other settings. The audits of a
+    sweep are joined one after another.
     """
     from safetyheads.runs.directory import runs_within
     from safetyheads.runs.merge import merge as merge_runs
@@ -475,11 +476,10 @@ def merge(
 
     if not runs:
         raise InputError("name the run directories to join, after the one to write")
-    n_files = 0
-    for name in sorted({name for run in runs for name in runs_within(run)}):
-        n_files += merge_runs(
-            out / name, [run / name for run in runs if (run / name).exists()], provenance(sys.argv), mixed
-        )
+    within, n_files = {run: runs_within(run) for run in runs}, 0
+    for name in sorted(set(chain.from_iterable(within.values()))):
+        parts = [run / name for run in runs if name in within[run]]
+        n_files += merge_runs(out / name, parts, provenance(sys.argv), mixed)
     line = f"{out} holds {n_files} files of units and plans; the run's own command with --out {out} goes on from there"
     _show({"out": str(out), "files": n_files}, output, lambda: show.print_lines([line]))
     return 0

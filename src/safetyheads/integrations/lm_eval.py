@@ -446,9 +446,10 @@ def _refuse_yaml_bombs(content: bytes, name: str) -> None:
     """Refuse a file of tasks that is too large, with what its aliases stand for, or nested too deep for its reader."""
     import yaml  # type: ignore[import-untyped]
 
+    quick = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as libyaml is there
     # Bytes behind each anchor, and in each list or mapping that is still open; the first one is the file.
     behind, within = dict[str | None, float](), [(None, 0.0)]
-    for event in yaml.parse(content, Loader=yaml.CSafeLoader):
+    for event in yaml.parse(content, Loader=quick):
         if isinstance(event, yaml.CollectionStartEvent):
             behind[event.anchor] = math.inf  # until it ends: what holds itself has no end
             within.append((event.anchor, 1.0))

@@ -147,11 +147,11 @@ def _sound(verdict: Verdict) -> Verdict:
             return Verdict("unscored", f"{name}: no number from 0 to 1")
     if not isinstance(verdict.reason, str) or not isinstance(verdict.raw, str):
         return Verdict("unscored", "reason: no text")
-    if not isinstance(verdict.passing, bool):
+    if not isinstance(verdict.passing, int):
         return Verdict("unscored", "passing: no truth value")
-    # A class of the user's may have more fields, which no record has.
-    is_plain = type(verdict) is Verdict
-    return verdict if is_plain else Verdict(*(getattr(verdict, name) for name in Verdict.__dataclass_fields__))
+    # A class of the user's may have more fields, which no record has, and a truth value for a number.
+    score, mass = (float(given) if isinstance(given, bool) else given for given in (verdict.score, verdict.mass))
+    return Verdict(verdict.label, verdict.reason, verdict.raw, score, mass, bool(verdict.passing))
 
 
 def is_final(judge: Judge, text_so_far: str) -> bool:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -56,6 +57,7 @@ _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # A tokenizer is tried on so many of its own tokens.
 _N_PROVED = 64
+_STDERR = threading.RLock()
 # Where processors of other senses keep the chat template that their tokenizers lack.
 _PROCESSOR_FILES = ("chat_template.json", "processor_config.json")
 TEXT_MODELS = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
@@ -122,7 +124,7 @@ def load_model(
     adapter = None if options.adapter is None else find_adapter(options.adapter, options.allow_pickle)
     if own_adapter is not None:
         adapter = find_adapter(own_adapter)._replace(name=name)
-    model = _base(path, options, place, file)
+    model = _base(path, options, place, file, adapter)
     if adapter is not None:
         put_on(model, adapter, path)
     refuse_broken_weights(model, path)
@@ -332,8 +334,8 @@ _BASES: ContextVar[dict[Any, PreTrainedModel] | None] = ContextVar("bases", defa
 def bases_shared() -> Iterator[None]:
     """Within, the model that was read last is kept without its adapter; what it is base of shares its weights.
 
-    Each comes with modules and buffers of its own, so an adapter goes on one alone; nobody may change the weights.
-    Models over several devices are read anew: what moves their weights knows one model.
+    Each comes with modules of its own, so an adapter goes on one alone; nobody may change the weights. Read anew are
+    models over several devices, bases that cannot be copied, and those of adapters that write into them.
     """
     token = _BASES.set({})
     try:
@@ -342,14 +344,35 @@ def bases_shared() -> Iterator[None]:
         _BASES.reset(token)
 
 
-def _base(path: str, options: LoadOptions, place: torch.device, file: Path | None) -> PreTrainedModel:
+def _base(
+    path: str, options: LoadOptions, place: torch.device, file: Path | None, adapter: "Adapter | None"
+) -> PreTrainedModel:
     bases, key = _BASES.get(), (path, replace(options, adapter=None, memory=None))
-    if bases is None or options.device_map is not None:
+    if bases is None or options.device_map is not None or (adapter is not None and not _spares_base(adapter)):
         return _read_model(path, options, place, file)
     if key not in bases:
         bases.clear()  # freed before the next one is read
         bases[key] = _read_model(path, options, place, file)
-    return copy.deepcopy(bases[key], {id(weight): weight for weight in bases[key].parameters()})
+    base = bases[key]
+    # A forward of a module's own may be bound to that module, and would run it in the copy too.
+    if any("forward" in vars(module) for module in base.modules()):
+        return bases.pop(key)
+    try:
+        return copy.deepcopy(base, {id(tensor): tensor for tensor in base.state_dict(keep_vars=True).values()})
+    except (TypeError, RuntimeError):  # it holds a lock, or whatever else there is one of
+        return bases.pop(key)
+
+
+def _spares_base(adapter: "Adapter") -> bool:
+    """Whether putting the adapter on writes no weight of its base: it has factors of its own alone.
+
+    Others bring embeddings or biases, or factors that were split off the base's weights.
+    """
+    told, names = adapter.config, [""]
+    with suppress(SafetensorError, OSError), safe_open(adapter.directory / _ADAPTER_WEIGHTS, "pt") as tensors:
+        names = list(tensors.keys())
+    is_plain = told.get("peft_type") == "LORA" and told.get("bias", "none") == "none"
+    return is_plain and told.get("init_lora_weights", True) in (True, False) and all(".lora_" in n for n in names)
 
 
 def _read_model(path: str, options: LoadOptions, place: torch.device, file: Path | None) -> PreTrainedModel:
@@ -535,7 +558,7 @@ def _refuse_growing_texts(path: str, revision: str) -> None:
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
     """Within, nothing reaches stderr: a panic of Rust code writes there before it is an exception."""
-    with open(os.devnull, "w") as nowhere:
+    with _STDERR, open(os.devnull, "w") as nowhere:  # one thread at a time, or the last one restores the silence
         kept = os.dup(2)
         try:
             os.dup2(nowhere.fileno(), 2)

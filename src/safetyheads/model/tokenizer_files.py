@@ -1,6 +1,7 @@
 """Refuses a tokenizer.json whose rules would turn a short text into one that no memory holds."""
 
 import math
+import re
 from base64 import b64decode
 from collections.abc import Mapping
 from typing import Any
@@ -43,14 +44,22 @@ def _growth(step: Mapping[str, Any]) -> float:
     kind = str(step.get("type"))
     if kind == "Replace":
         written, replaced = _length(step["content"]), _length(step["pattern"].get("String", ""))
-        # A regular expression may match a single byte, and an empty text before and after it.
-        return max(1.0, written / replaced) if replaced else 1.0 + 2 * written
+        # A regular expression may match a single byte, and an empty text before it; some match one at the end too.
+        return max(1.0, written / replaced) if replaced else 1.0 + written * (1 + _matches_nothing(step["pattern"]))
     if kind == "TemplateProcessing":
         return max(1, len(step["single"])) * max([1, *(len(token["ids"]) for token in step["special_tokens"].values())])
     if kind == "Precompiled":
         return _longest_entry(b64decode(step["precompiled_charsmap"]))
     # What stands before a text, or before each piece of it.
     return float(_GROWTH.get(kind, 1 + _length(step.get("prepend", "")) + _length(step.get("replacement", ""))))
+
+
+def _matches_nothing(pattern: Mapping[str, Any]) -> bool:
+    """Whether it may match at the end of a text; so taken where Python does not know its syntax."""
+    try:
+        return re.search(str(pattern.get("Regex", "")), "") is not None
+    except re.error:
+        return True
 
 
 def _length(text: str) -> int:

@@ -26,7 +26,8 @@ Record: TypeAlias = Mapping[str, Any]
 Fits = TypeVar("Fits")
 _Count = Annotated[int, Meta(ge=0, lt=2**53)]
 _Finite = Annotated[float, Meta(gt=-1e308, lt=1e308)]
-_Share = Annotated[float, Meta(ge=0, le=1)]
+# Judges may have given truth values.
+_Share = Annotated[float, Meta(ge=0, le=1)] | bool
 
 
 class VerdictRecord(TypedDict):
