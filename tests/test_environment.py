@@ -6,8 +6,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from odd_values import unhurried
 from refusals import refused_in_one_line_if_at_all
 
 from safetyheads.cli import show
@@ -42,17 +43,16 @@ ARRAYS = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN
 NUMBERS = st.sampled_from(["0", "1", "2", "3", "9" * 4300, "-1", " 1", "x"]) | TEXTS
 SETTINGS = [f"{SETTING_PREFIX}{name.upper()}" for name in EndpointSettings.__dataclass_fields__]
 JUDGES = st.dictionaries(st.sampled_from([*SETTINGS, f"{SETTING_PREFIX}NOPE", *ADDRESSES[0]]), TEXTS, max_size=3)
-quickly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(quickly, max_examples=100)
+@settings(unhurried, max_examples=100)
 @given(st.dictionaries(st.sampled_from([*ARRAYS, "RANK", "WORLD_SIZE"]), NUMBERS))
 @example(dict.fromkeys(ARRAYS[:3], "9" * 4300))
 def test_any_job_array_is_taken_or_refused_in_one_line(environment):
     refused_in_one_line_if_at_all(lambda: Shard.parse("env", environment=environment))
 
 
-@settings(quickly, max_examples=60)
+@settings(unhurried, max_examples=60)
 @given(JUDGES)
 @example({f"{SETTING_PREFIX}TOKEN_FIELD": "model"})
 def test_any_setting_of_an_endpoint_is_taken_or_refused_in_one_line(environment):

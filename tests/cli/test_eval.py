@@ -10,6 +10,7 @@ from lm_eval.tasks import TaskManager
 
 from safetyheads.cli.show import show_results
 from safetyheads.integrations import lm_eval, utility
+from safetyheads.prompts import templates
 from safetyheads.reports.evaluation import render_evaluation
 from safetyheads.runs.directory import RunDirectory
 
@@ -96,7 +97,7 @@ def test_tasks_are_refused_in_one_line_before_the_model_is_read(refused, tmp_pat
     monkeypatch.setattr(
         lm_eval, "_manager", lambda options: TaskManager(include_path=[*options.include_paths], include_defaults=False)
     )
-    monkeypatch.setattr(lm_eval, "RENDER_SECONDS", 0.1)
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 0.1)
     (tmp_path / "own.jsonl").write_text('{"question": "1", "answer": 0}\n')
     name = "" if config.startswith("task") else "task: own\n"
     text = f"{name}test_split: test\ndoc_to_text: question\ndoc_to_target: answer\n{config}\n"

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from odd_values import unhurried
 
 from safetyheads.cli import app
 from safetyheads.errors import InputError
@@ -38,7 +39,6 @@ ODD = st.one_of(
 GIVEN = st.lists(st.tuples(st.sampled_from(OPTIONS), ODD), max_size=2)
 KINDS = st.sampled_from(["ships", "sahara", "audit", "scan"])
 COMMAND = ("demo:aligned_a", "--prompts", "demo", "--quiet")
-slowly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 READ = "the model would be read now"
 
 
@@ -61,7 +61,7 @@ def refused_whole(run, *arguments):
     return err
 
 
-@settings(slowly, max_examples=15)
+@settings(unhurried, max_examples=15)
 @given(KINDS, GIVEN)
 @example("ships", [("--top", "0")])
 @example("ships", [("--top", "9" * 5000)])
@@ -69,7 +69,7 @@ def test_any_number_of_a_command_is_used_or_refused_in_one_line(run, unread, kin
     refused_whole(run, kind, *COMMAND, *(text for option in given_options for text in option))
 
 
-@settings(slowly, max_examples=15)
+@settings(unhurried, max_examples=15)
 @given(ODD, KINDS, GIVEN, st.sampled_from([(), ("--machine", "H100")]))
 @example("0", "audit", [], ())
 def test_any_number_of_a_plan_is_used_or_refused_in_one_line(run, unread, shards, kind, given_options, machine):

@@ -8,8 +8,9 @@ import urllib.request
 
 import openai
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from odd_values import unhurried
 
 from safetyheads import InputError, Sampling, generate
 from safetyheads.integrations import chat_server
@@ -239,9 +240,6 @@ def said(found):
     return json.loads(found[1])["error"]["message"]
 
 
-quickly = settings(deadline=None, suppress_health_check=list(HealthCheck))
-
-
 def answered_or_refused(engine, body, headers, path):
     status, text = reply(engine, whole(body), headers, path, "key")
     assert status in (200, 400, 401, 404, 405, 415)
@@ -249,7 +247,7 @@ def answered_or_refused(engine, body, headers, path):
         assert "\n" not in json.loads(text)["error"]["message"]
 
 
-@settings(quickly, max_examples=100)
+@settings(unhurried, max_examples=100)
 @given(BODIES, HEADERS, st.sampled_from(["/v1/chat/completions"] * 9 + ["", "//", "/\0", "/v1/models"]))
 @example(b'{"seed": ' + b"9" * 5000, {b"host": b"localhost", b"content-type": b"application/json"}, "/v1/models")
 def test_any_request_is_answered_or_refused_in_one_line(engine, body, headers, path):
@@ -257,7 +255,7 @@ def test_any_request_is_answered_or_refused_in_one_line(engine, body, headers, p
 
 
 @pytest.mark.long
-@settings(quickly, max_examples=5000)
+@settings(unhurried, max_examples=5000)
 @given(BODIES, HEADERS, st.just("/v1/chat/completions"))
 def test_many_requests_are_answered_or_refused_in_one_line(engine, body, headers, path):
     answered_or_refused(engine, body, headers, path)

@@ -10,8 +10,9 @@ from types import ModuleType
 from unittest.mock import patch
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from odd_values import unhurried
 from refusals import refused_in_one_line_if_at_all
 
 from safetyheads.runs.config import ServeConfig
@@ -69,7 +70,6 @@ TASK = st.dictionaries(
     VALUES,
     max_size=2,
 )
-quickly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def as_refusal(ours, read):
@@ -84,14 +84,14 @@ def as_refusal(ours, read):
     return told
 
 
-@settings(quickly, max_examples=80)
+@settings(unhurried, max_examples=80)
 @given(st.sampled_from(["demo:aligned_a", "", " ", "\ud800", 5]), MODEL)
 @example("demo:aligned_a", {"heads": ["2-26", 3]})
 def test_any_arguments_of_a_model_are_taken_or_refused_in_one_line(ours, model, arguments):
     refused_in_one_line_if_at_all(lambda: ours.model_config(model, arguments))
 
 
-@settings(quickly, max_examples=30)
+@settings(unhurried, max_examples=30)
 @given(TASK)
 @example({"judges": 5})
 @example({"judges": [1, "phrases"]})
@@ -100,7 +100,7 @@ def test_any_arguments_of_the_task_are_taken_or_refused_in_one_line(ours, argume
     refused_in_one_line_if_at_all(as_refusal(ours, lambda: ours.asr(**{"prompts": "demo"} | arguments)))
 
 
-@settings(quickly, max_examples=30)
+@settings(unhurried, max_examples=30)
 @given(VALUES, VALUES, VALUES)
 def test_any_arguments_of_a_scorer_are_taken_or_refused_in_one_line(ours, name, device, tokens):
     refused_in_one_line_if_at_all(as_refusal(ours, lambda: ours.judge(name, device, tokens)))

@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 from families import oracle_of, proved
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
+from odd_values import unhurried
 from refusals import refused_in_one_line_if_at_all
 
 from safetyheads import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION, InputError, parse_heads
-from safetyheads.integrations import lm_eval
 from safetyheads.integrations.lm_eval import ablated_lm, chat_of, harness_model, load_tasks
+from safetyheads.prompts import templates
 from safetyheads.runs.config import TaskOptions
 
 GROUP = parse_heads("0-1,1-0,1-3,2-2")
@@ -132,7 +133,6 @@ ODD = st.recursive(
     max_leaves=4,
 )
 TASKS = st.dictionaries(st.sampled_from([*CONFIG, *FURTHER]), ODD, min_size=1, max_size=2)
-slowly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def folder(tmp_path_factory):
     (path / "own.jsonl").write_text('{"question": "1", "answer": 0}\n')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", path / "cache")
-        patch.setattr(lm_eval, "RENDER_SECONDS", 0.1)
+        patch.setattr(templates, "RENDER_SECONDS", 0.1)
         yield path
 
 
@@ -162,14 +162,14 @@ def test_the_task_to_be_changed_is_whole(folder):
     assert changed(folder, {})()[0].n_requests == 2
 
 
-@settings(slowly, max_examples=4)
+@settings(unhurried, max_examples=4)
 @given(TASKS)
 def test_any_field_of_a_task_is_read_or_refused_in_one_line(folder, changes):
     refused_in_one_line_if_at_all(changed(folder, changes))
 
 
 @pytest.mark.long
-@settings(slowly, max_examples=2000)
+@settings(unhurried, max_examples=2000)
 @given(TASKS)
 def test_many_fields_of_a_task_are_read_or_refused_in_one_line(folder, changes):
     refused_in_one_line_if_at_all(changed(folder, changes))

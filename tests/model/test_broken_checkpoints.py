@@ -8,9 +8,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from odd_values import ODD
+from odd_values import ODD, unhurried
 from refusals import refused_in_one_line_if_at_all
 from tiny_models import COMMON, build, saved
 from transformers import LlamaConfig
@@ -85,10 +85,9 @@ def test_the_whole_checkpoint_classifies(whole):
 
 
 CHANGES = st.dictionaries(st.sampled_from(PLACES), ANY, min_size=1, max_size=2)
-slowly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(slowly, max_examples=30)
+@settings(unhurried, max_examples=30)
 @given(CHANGES)
 @example({("generation_config.json", "eos_token_id"): {"rope_type": "linear"}})
 @example({("config.json", "eos_token_id"): {"0": 5}})
@@ -102,7 +101,7 @@ def test_any_field_is_read_or_refused_in_one_line(whole, tmp_path_factory, chang
     read_or_refused(whole, tmp_path_factory.getbasetemp() / "broken", changes)
 
 
-@settings(slowly, max_examples=40)
+@settings(unhurried, max_examples=40)
 @given(st.sampled_from(sorted(peft.LoraConfig().to_dict())), ANY)
 def test_any_field_of_an_adapter_is_read_or_refused_in_one_line(whole, tmp_path_factory, name, value):
     folder = tmp_path_factory.getbasetemp() / "adapter"
@@ -113,7 +112,7 @@ def test_any_field_of_an_adapter_is_read_or_refused_in_one_line(whole, tmp_path_
 
 
 @pytest.mark.long
-@settings(slowly, max_examples=2000)
+@settings(unhurried, max_examples=2000)
 @given(CHANGES)
 def test_many_fields_are_read_or_refused_in_one_line(whole, tmp_path_factory, changes):
     read_or_refused(whole, tmp_path_factory.getbasetemp() / "broken", changes)

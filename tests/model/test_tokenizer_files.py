@@ -4,8 +4,9 @@ import json
 from base64 import b64encode
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from odd_values import unhurried
 from refusals import refused_in_one_line_if_at_all
 from tiny_models import tokenizer
 from tokenizers import Tokenizer
@@ -107,7 +108,6 @@ def asked(folder, part, value):
     refused_in_one_line_if_at_all(read)
 
 
-quickly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 THIRTY = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 30}
 TWICE = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 2}
 TWICE |= {"pair": [], "special_tokens": {}}
@@ -122,7 +122,7 @@ BOMBS = {
 INNER = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}
 
 
-@settings(quickly, max_examples=40)
+@settings(unhurried, max_examples=40)
 @given(CHANGES)
 @example(("normalizer", {"type": "Replace", "pattern": {"Regex": ""}, "content": "e"}))
 @example(("pre_tokenizer", {"type": "FixedLength", "length": 0}))
@@ -133,7 +133,7 @@ def test_any_rules_are_used_or_refused_in_one_line(folder, change):
 
 
 @pytest.mark.long
-@settings(quickly, max_examples=5000)
+@settings(unhurried, max_examples=5000)
 @given(CHANGES)
 def test_many_rules_are_used_or_refused_in_one_line(folder, change):
     asked(folder, *change)
@@ -156,7 +156,7 @@ def test_a_compiled_table_of_long_texts_or_beyond_its_end_is_refused():
             refuse_growth({"normalizer": {"type": "Precompiled", "precompiled_charsmap": table}})
 
 
-@settings(quickly, max_examples=60)
+@settings(unhurried, max_examples=60)
 @given(PARTS["normalizer"], st.text("a \u00e9\u2581\u6f22\ufdfa\u0390", min_size=1, max_size=5))
 @example({"type": "NFKD"}, "\ufdfa")
 def test_no_text_grows_more_than_is_reckoned(described, text):

@@ -6,9 +6,9 @@ import os
 import shutil
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from odd_values import ODD, places_of, with_value
+from odd_values import ODD, places_of, unhurried, with_value
 from run_samples import audit_run
 from sealed_runs import seal
 
@@ -76,7 +76,7 @@ def whole_run(tmp_path_factory):
     return audit_run(tmp_path_factory.mktemp("odd") / "whole")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(unhurried, max_examples=60)
 @given(st.data(), ODD)
 def test_any_place_of_the_results_may_hold_anything_though_the_checksums_fit(run, whole_run, data, value):
     folder = whole_run.parent / "run"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from odd_values import LOST, ODD, places_of, with_value
+from odd_values import LOST, ODD, places_of, unhurried, with_value
 from sealed_runs import seal
 
 from safetyheads.reports import page
@@ -178,11 +178,10 @@ def any_change(stored, data, name, checksums):
 
 
 examples = partial(given, st.data(), st.sampled_from([*COMMANDS, "again"]), st.sampled_from(["old", "its own", "all"]))
-quietly = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("stored", ["audit"], indirect=True)
-@settings(quietly, max_examples=4)
+@settings(unhurried, max_examples=4)
 @examples()
 def test_a_file_with_anything_in_it_is_used_as_it_was_or_refused_in_one_line(stored, data, name, checksums):
     any_change(stored, data, name, checksums)
@@ -190,7 +189,7 @@ def test_a_file_with_anything_in_it_is_used_as_it_was_or_refused_in_one_line(sto
 
 @pytest.mark.long
 @pytest.mark.parametrize("stored", [*RUNS], indirect=True)
-@settings(quietly, max_examples=1000)
+@settings(unhurried, max_examples=1000)
 @examples()
 def test_many_changes_to_any_file_are_harmless_or_refused_in_one_line(stored, data, name, checksums):
     any_change(stored, data, name, checksums)

@@ -2,8 +2,11 @@
 
 import json
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+unhurried = settings(deadline=None, suppress_health_check=list(HealthCheck))
+"""Of tests whose examples load models or run commands."""
 ODD = st.one_of(
     st.none(),
     st.booleans(),

@@ -25,10 +25,10 @@ from unittest.mock import patch
 
 from safetyheads.ablation import AnyAblation
 from safetyheads.demo.grammar import REFUSAL, answer_to, benign_prompts, deeds, wrap
-from safetyheads.errors import InputError, first_line, memory_limit, time_limit
+from safetyheads.errors import InputError, first_line
 from safetyheads.heads import AnyHeads
 from safetyheads.prompts.asked import AnswerReader
-from safetyheads.prompts.templates import RENDER_BYTES, RENDER_SECONDS, BoundTemplate, Template
+from safetyheads.prompts.templates import BoundTemplate, Template, render_limits
 from safetyheads.runs.config import TaskOptions
 
 if TYPE_CHECKING:
@@ -416,10 +416,7 @@ def _code_guarded(trusted: bool, run: dict[str, None]) -> Iterator[None]:
             template = super().from_string
 
             def render(**document: Any) -> str:
-                with (
-                    time_limit(RENDER_SECONDS),
-                    memory_limit(RENDER_BYTES),
-                ):  # compiling too, which computes what is constant
+                with render_limits():  # compiling too, which computes what is constant
                     return template(*given, **named).render(**document)
 
             return SimpleNamespace(render=render)

@@ -348,14 +348,15 @@ def _base(
     path: str, options: LoadOptions, place: torch.device, file: Path | None, adapter: "Adapter | None"
 ) -> PreTrainedModel:
     bases, key = _BASES.get(), (path, replace(options, adapter=None, memory=None))
-    if bases is None or options.device_map is not None or (adapter is not None and not _spares_base(adapter)):
+    if bases is None:
         return _read_model(path, options, place, file)
-    if key not in bases:
-        bases.clear()  # freed before the next one is read
+    is_shared = options.device_map is None and (adapter is None or _spares_base(adapter))
+    if not is_shared or key not in bases:
+        bases.clear()  # freed before another one is read
         bases[key] = _read_model(path, options, place, file)
     base = bases[key]
     # A forward of a module's own may be bound to that module, and would run it in the copy too.
-    if any("forward" in vars(module) for module in base.modules()):
+    if not is_shared or any("forward" in vars(module) for module in base.modules()):
         return bases.pop(key)
     try:
         return copy.deepcopy(base, {id(tensor): tensor for tensor in base.state_dict(keep_vars=True).values()})

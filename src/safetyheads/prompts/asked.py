@@ -87,7 +87,7 @@ class AnswerReader(NamedTuple):
 
 
 def decode_text(tokenizer: Any, token_ids: Sequence[int], skips_special: bool = True) -> str:
-    """The answer as text, without special tokens."""
+    """Tokens as text; special ones are left out, unless they are wanted."""
     with library_failures("the tokenizer cannot decode an answer: "):
         return str(tokenizer.decode(list(token_ids), skip_special_tokens=skips_special))
 

@@ -4,7 +4,8 @@ What a tokenizer's own chat template does with thinking, parts and dates is foun
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
@@ -198,6 +199,13 @@ class Template(Shown):
         return {"template": str(self), "system": self.system, "fold_system": self.folds_system, **answer}
 
 
+@contextmanager
+def render_limits() -> Iterator[None]:
+    """Within, a template of a chat or of a task has so much time and memory."""
+    with time_limit(RENDER_SECONDS), memory_limit(RENDER_BYTES):
+        yield
+
+
 class BoundTemplate(NamedTuple):
     """A template with the tokenizer that encodes its prompts."""
 
@@ -388,7 +396,7 @@ class BoundTemplate(NamedTuple):
     def _apply(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
         if self.takes_parts:
             messages = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in messages]
-        with time_limit(RENDER_SECONDS), memory_limit(RENDER_BYTES):
+        with render_limits():
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
 
 

@@ -252,24 +252,28 @@ class RunDirectory:
     def remember(self, name: str, value: Any, fits: Callable[[Any], bool] | None = None) -> Any:
         """Store ``value`` under ``name`` the first time, and return the stored value every time.
 
-        The plan of a run's batches is stored here: another plan would move results in their last bits. A stored value
-        of another type, or that does not ``fit``, is set aside.
+        The plan of a run's batches is stored here: another plan would move results in their last bits.
         """
-        known, given = self.remembered(), parse_json(canonical_json({"value": value}), name)["value"]
-        if name in known and not (is_alike(known[name], given) and (fits is None or fits(known[name]))):
+        stored = self.recalled(name, value, fits)
+        if stored is None:
+            key, line = content_key({"name": name}), {"name": name, "value": value}
+            content = partial(pack_records, self.key, _REMEMBERED, key, [line])
+            place = f"{_REMEMBERED}/{as_file_name(name)[:80]}-{key}.jsonl"
+            (record,) = self._stored(place, _REMEMBERED, content, replaces=False)
+            stored = self._known[name] = record["value"]
+            self._known_places.add(place)
+        return stored
+
+    def recalled(self, name: str, like: Any, fits: Callable[[Any], bool] | None = None) -> Any:
+        """What is stored under ``name``, or None; of another type than ``like``, or not ``fit``, it is set aside."""
+        known, like = self.remembered(), parse_json(canonical_json({"value": like}), name)["value"]
+        if name in known and not (is_alike(known[name], like) and (fits is None or fits(known[name]))):
             for place in [place for place in self._known_places if content_key({"name": name}) in place]:
                 with self._setting_aside(place):
                     raise DamagedError(f"{self.path / place} is damaged: it does not hold what is remembered there")
                 self._known_places.discard(place)
             del known[name]
-        if name not in known:
-            key, line = content_key({"name": name}), {"name": name, "value": value}
-            content = partial(pack_records, self.key, _REMEMBERED, key, [line])
-            place = f"{_REMEMBERED}/{as_file_name(name)[:80]}-{key}.jsonl"
-            (record,) = self._stored(place, _REMEMBERED, content, replaces=False)
-            known[name] = record["value"]
-            self._known_places.add(place)
-        return known[name]
+        return known.get(name)
 
     def remembered(self, prefix: str = "") -> dict[str, Any]:
         """What was remembered under names that begin so; without a prefix, the store itself."""

@@ -27,7 +27,7 @@ from safetyheads.judges.base import Judge, Label, Verdict
 from safetyheads.model.planning import Plan
 from safetyheads.prompts.prompt_set import Prompt
 from safetyheads.runs.config import Progress
-from safetyheads.runs.directory import RunDirectory, is_alike, records_place
+from safetyheads.runs.directory import RunDirectory, records_place
 from safetyheads.runs.rates import GroupAnswers, without_texts
 from safetyheads.runs.shards import Units
 from safetyheads.runs.stored_files import Record, content_key, converted
@@ -67,6 +67,11 @@ def has_failed(record: Record) -> bool:
 def is_positive(number: float) -> bool:
     """Whether a stored number is one that counts something."""
     return number > 0
+
+
+def is_margin(number: float) -> bool:
+    """Whether a stored number may be a difference of logits."""
+    return number >= 0
 
 
 Failures: TypeAlias = Counter[tuple[str, str, bool]]
@@ -451,23 +456,21 @@ class KeptAnswers:
         if place not in self.held:
             self.held.clear()
             # Another plan would move margins in their last bits, and so perhaps the number of near-ties.
-            key, known = self._key(ablation, block), self.directory.remembered()
-            plan: Any
-            plan, (token_ids, unablated) = known.get(f"plan_drafts_{key}"), self._with_answers(block)
+            key, (token_ids, unablated) = self._key(ablation, block), self._with_answers(block)
             drafts = drafts_of(self.engine, token_ids, unablated)
             fits = partial(Plan.is_of, len(drafts))
-            if not (is_alike(plan, _ANY_PLAN) and fits(plan)) and drafts:
+            plan = self.directory.recalled(f"plan_drafts_{key}", _ANY_PLAN, fits)
+            if plan is None and drafts:
                 # Asked of the directory first: where shards start at once, all take the plan of the first one.
                 layout = self.engine.plan([draft.sequence for draft in drafts.values()])
                 plan = self.directory.remember(f"plan_drafts_{key}", layout.as_dict(), fits)
             asked = self.engine, token_ids, ablation, self.decoding, self.judging.stop
-            tolerance: Any = known.get(f"tolerance_{key}")
-            tolerance = tolerance if is_alike(tolerance, 0.0) and tolerance >= 0 else None
+            tolerance = self.directory.recalled(f"tolerance_{key}", 0.0, is_margin)
             how = Plan.from_dict(plan) if drafts else None, tolerance, self._n_rows
             verified = VerifiedDrafts(*asked, unablated, *how, self._halved)
             # Infinite where logits are not finite; JSON cannot write that.
             tolerance = min(verified.tolerance, sys.float_info.max)
-            verified.tolerance = self.directory.remember(f"tolerance_{key}", tolerance, lambda stored: stored >= 0)
+            verified.tolerance = self.directory.remember(f"tolerance_{key}", tolerance, is_margin)
             self.directory.remember(f"economy_{key}", asdict(verified.cost_of_drafts))
             self.held[place] = verified
         return self.held[place]

@@ -48,7 +48,7 @@ from safetyheads.stats.misclassified import Accuracy, accuracy_of, prediction_po
 
 # Verdicts that are stored together: the most that a kill, or an endpoint that fails, costs.
 _TOGETHER = 256
-# Stages of judges that came later: they hold no answers, and what is damaged there is for their own commands to mend.
+# Stages of judges that came later, which hold no answers.
 _LATER = ("judged-", "verdicts-")
 CUT = "answers of this rate were cut where the run's own judges were final; it needs a run with --full-answers"
 """Why a whole rate is unscored."""
@@ -198,7 +198,7 @@ def _verdicts(
 
 
 def _are_verdicts(n: int, records: Sequence[Record]) -> bool:
-    return [Verdict(**record["verdict"]).label in LABELS for record in records] == [True] * n
+    return len([Verdict(**record["verdict"]) for record in records]) == n
 
 
 def _whole_rates(records: Sequence[Record], verdicts: Sequence[Verdict]) -> list[Verdict]:

@@ -118,23 +118,23 @@ def array_text(indices: list[int]) -> str:
 
 
 def _of_environment(environment: Mapping[str, str]) -> tuple[int, int]:
-    counts = [count for index, count, _ in _ARRAYS if index in environment and count in environment]
-    if len(several := [f"{name} {environment[name]}" for name in counts if _count(environment, name) > 1]) > 1:
+    arrays = [array for array in _ARRAYS if array[0] in environment and array[1] in environment]
+    if not arrays:
+        names = " nor ".join(f"{index} with {count}" for index, count, _ in _ARRAYS)
+        raise InputError(f"--shard env needs a job array: the environment has neither {names}")
+    several = [f"{count} {environment[count]}" for _, count, _ in arrays if _count(environment, count) > 1]
+    if len(several) > 1:
         raise InputError(f"--shard env finds several arrays ({', '.join(several)}): say --shard I/N itself")
-    for index_name, count_name, first_name in _ARRAYS:
-        if index_name not in environment or count_name not in environment:
-            continue
-        index, count = _count(environment, index_name), _count(environment, count_name)
-        first = _count(environment, first_name) if first_name and first_name in environment else 0
-        last = _count(environment, _LAST) if first_name and _LAST in environment else first + count - 1
-        if first not in (0, 1) or last - first + 1 != count or not first <= index <= last:
-            raise InputError(
-                f"the job array has tasks {first} to {last} and {count} of them: a part of an array has to say "
-                f"--shard I/N itself, such as --shard ${index_name}/N"
-            )
-        return index - first + 1, count
-    names = " nor ".join(f"{index} with {count}" for index, count, _ in _ARRAYS)
-    raise InputError(f"--shard env needs a job array: the environment has neither {names}")
+    index_name, count_name, first_name = arrays[0]
+    index, count = _count(environment, index_name), _count(environment, count_name)
+    first = _count(environment, first_name) if first_name and first_name in environment else 0
+    last = _count(environment, _LAST) if first_name and _LAST in environment else first + count - 1
+    if first not in (0, 1) or last - first + 1 != count or not first <= index <= last:
+        raise InputError(
+            f"the job array has tasks {first} to {last} and {count} of them: a part of an array has to say --shard "
+            f"I/N itself, such as --shard ${index_name}/N"
+        )
+    return index - first + 1, count
 
 
 def _count(environment: Mapping[str, str], name: str) -> int:
