@@ -413,7 +413,9 @@ def load_judge(kind: str, checkpoint: str, options: LoadOptions) -> tuple[Any, A
     else:
         # A classifier must look for the token that we pad with, whatever its config says.
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return model.to(loading.choose_device(options.device)).eval(), tokenizer
+    model = model.to(loading.choose_device(options.device)).eval()
+    loading.try_out(model, name)
+    return model, tokenizer
 
 
 def find_judge(checkpoint: str, options: LoadOptions) -> tuple[str, LoadOptions, loading.Adapter | None]:

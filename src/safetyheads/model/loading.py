@@ -872,6 +872,15 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@torch.inference_mode()
+def try_out(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that loads and cannot run a token: what a config says of caches is looked at no sooner."""
+    try:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+    except (*_NONSENSE, ValueError) as error:
+        raise _cannot_load(name, error) from error
+
+
 def refuse_broken_weights(model: nn.Module, path: str) -> None:
     """Refuse weights that are not all finite."""
     for name, part in _parts_of(model):
