@@ -251,6 +251,10 @@ def test_many_workers_are_nearly_as_quick_as_they_can_be_in_simulated_time():
     work = {n: scale.simulated(stages, once, (100, 100), n, 0.05) for n in (1, 64)}
     assert work[1]["seconds"] >= sum(cost for units in stages for cost in units.values())
     assert 0.9 <= work[64]["efficiency"] < 1 < work[64]["over_bound"] <= 1.1
+    # Shards that divide units beforehand do the same work, and none is quicker than the fastest plan.
+    fixed = {n: scale.by_shards(stages, once, n, 0.05) for n in (1, 64)}
+    assert fixed[1]["seconds"] == pytest.approx(work[1]["seconds"])
+    assert fixed[64]["over_bound"] > 1
 
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"

@@ -38,6 +38,9 @@ def test_a_judge_that_gave_no_verdict_is_told_and_asked_again(run, monkeypatch):
     assert (code, failed["n"], list(failed["reasons"])) == (1, failed["of"], ["error: RuntimeError"])
     assert f"{judge} gave no verdict on {failed['n']} of {failed['n']} answers" in err
 
+    code, _, err = run(*asked, "--shard", "1/2")
+    assert (code, "start it once without --shard" in " ".join(err.split())) == (2, True)
+
     def mended(queries, answers):
         return [0.0 for _ in answers]
 
@@ -47,6 +50,15 @@ def test_a_judge_that_gave_no_verdict_is_told_and_asked_again(run, monkeypatch):
     results = json.loads(Path("run/results.json").read_text())
     assert "failed_judges" not in results
     assert results["experiments"][0]["headline"]
+
+
+def test_a_plan_computes_nothing_and_a_shard_ends_with_3(run):
+    asked = "reproduce fig13 --limit 4 --out run --threads 1 --quiet".split()
+    assert run("plan", "2", *asked)[0] == 0
+    assert [*Path("run/plan").glob("*.json")]
+    assert [*Path("run").glob("completions/*")] == []
+    code, _, err = run(*asked, "--shard", "1/2")
+    assert (code, "run this array again" in " ".join(err.split())) == (3, True)
 
 
 def test_a_run_prints_its_tables_and_goes_on_where_it_was(run, monkeypatch):

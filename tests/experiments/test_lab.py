@@ -1,19 +1,27 @@
 """What experiments do alike: sets of heads answered once, what leaves nothing to measure, and what a kill costs."""
 
 import shutil
+from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import chain
 
 import pytest
 from experiment_runs import SMALL, engine_of, run_of
 from run_samples import OneProcess
+from test_shards import bytes_of
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
 from safetyheads.answers.decoding import GREEDY, Answer, Sampling
 from safetyheads.baselines import METHODS
+from safetyheads.errors import ElsewhereError, UnsupportedModelError
+from safetyheads.experiments import baselines_compared
 from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.lab import Lab, Subject, quoted
 from safetyheads.heads import Head
 from safetyheads.runs.config import Progress
+from safetyheads.runs.directory import RunDirectory
+from safetyheads.runs.shards import Shard, owners
 from safetyheads.runs.stored_files import content_key
 
 FIRST, SECOND, THIRD = Head(0, 1), Head(1, 0), Head(1, 2)
@@ -50,6 +58,10 @@ CHANGES = [
     # These need whole answers, so where answers may end tells nothing of them.
     *({"judges": (f"python:own_judges:{name}",)} for name in ("seen_answers", "says_yes")),
 ]
+
+
+def refused(material, strengths):
+    raise UnsupportedModelError("no place for it")
 
 
 def key_of(model, dataset, heads, ablation, sampling=GREEDY, reference=None, donor=None, **settings):
@@ -114,6 +126,27 @@ def test_a_kill_before_the_outcomes_loses_no_measurement(outcome_of, shared_run,
     ):
         monkeypatch.setattr(f"safetyheads.{place}", measured)
     assert run_of(SMALL, names, tmp_path / "again") == before
+
+
+def test_shards_of_one_directory_write_the_bytes_of_one_process(tmp_path, monkeypatch):
+    few = {name: METHODS[name] for name in ("wanda", "rdsha")}
+    few["rdsha"] = replace(few["rdsha"], learn=refused)  # what is not applicable is not asked again by each
+    monkeypatch.setattr(baselines_compared, "METHODS", few)
+    config, names = replace(SMALL, limit=3, datasets=("damage",), size=1), ("table1", "fig13")
+    before = run_of(config, names, tmp_path / "one")
+    ended = 0
+    for number in range(12):
+        with suppress(ElsewhereError):
+            assert run_of(config, names, tmp_path / "many", shard=Shard(1 + number % 2, 2)) == before
+            ended += 1
+        if ended == 2:
+            break
+    assert ended == 2
+    one, many = bytes_of(tmp_path / "one"), bytes_of(tmp_path / "many")
+    assert sorted(one) == sorted(many)
+    assert [place for place in one if one[place] != many[place]] == []
+    owned = [owners(units, 2) for _, units in RunDirectory.look(tmp_path / "many").planned()]
+    assert min(Counter(chain.from_iterable(of.values() for of in owned)).values()) > 10
 
 
 def test_quoted_numbers_are_the_papers_and_of_its_models_datasets_and_methods_alone():

@@ -455,9 +455,9 @@ def is_worker(pid):
         return False
 
 
-def kill_workers(folder, kills, stop):
-    """Kill workers at random moments, twenty in all; each start in the directory names its process."""
-    while len(kills) < 20 and not stop.wait(random.uniform(0.2, 1.5)):
+def kill_workers(folder, kills, stop, most=20, pause=1.5):
+    """Kill workers at random moments, so many in all; each start in the directory names its process."""
+    while len(kills) < most and not stop.wait(random.uniform(0.2, pause)):
         pids = [int(path.stem.rpartition("-")[2]) for path in folder.glob("starts/[!.]*.json")]
         alive = [pid for pid in pids if is_worker(pid)]
         if alive:
@@ -555,7 +555,14 @@ def test_one_process_seven_shards_and_three_workers_write_the_same_bytes(ray, co
         for folder in folders:
             shutil.copytree(merged, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock*"))
     assert start(merged) == 0
+    # Of a real run too, workers are killed: the same bytes.
+    kills, stop = [], threading.Event()
+    killer = threading.Thread(target=kill_workers, args=(tmp_path / "ray", kills, stop, 3, 20.0))
+    killer.start()
     assert start(tmp_path / "ray", "--ray", ray.get_runtime_context().gcs_address, "--workers", "3") == 0
+    stop.set()
+    killer.join()
+    assert kills
     one = files(tmp_path / "one")
     assert {"results.json", "report/index.html"} < one.keys()
     for other in (merged, tmp_path / "ray"):

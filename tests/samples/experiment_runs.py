@@ -34,10 +34,10 @@ def engine_of(name):
     return load_demo(name.removeprefix("demo:").rsplit("/", 1)[-1]).engine
 
 
-def run_of(config, names, out, load=engine_of):
+def run_of(config, names, out, load=engine_of, shard=None):
     """Outcomes by name; what is read back is what was returned, and has no NaN."""
     torch.set_num_threads(1)
-    results = reproduce(config, [EXPERIMENTS[name] for name in names], out, load, Progress())
+    results = reproduce(config, [EXPERIMENTS[name] for name in names], out, load, Progress(), shard=shard)
     read = RunDirectory.open(out).read_results()
     assert read == json.loads(json.dumps(results, allow_nan=False))
     outcomes = {outcome["name"]: outcome for outcome in read["experiments"]}

@@ -24,7 +24,6 @@ from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 from safetyheads.cli import show
 from safetyheads.cli.options import (
     PANELS,
-    DirectoryOptions,
     GateOptions,
     Given,
     LabelOptions,
@@ -32,6 +31,7 @@ from safetyheads.cli.options import (
     PresetOptions,
     ReportOptions,
     RunOptions,
+    ShardOptions,
     SweepOptions,
     options_from_dataclasses,
     refuse_misread,
@@ -301,7 +301,7 @@ def reproduce(
         str, Parameter(help="Aligned models: directories, hub ids, smollm2 or demo:NAME. The demo's without.")
     ],
     settings: Annotated[dict[str, Any], Given(ReproductionConfig, ("models",))],
-    where: DirectoryOptions,
+    where: ShardOptions,
     report: ReportOptions,
     output: OutputOptions,
     config: Annotated[
@@ -327,6 +327,7 @@ def reproduce(
     from safetyheads.runs.stored_files import content_key
 
     experiments = chosen(experiment)
+    shard = where.parsed_shard
     names = "+".join(name.replace(":", "-").rstrip("/").rsplit("/", 1)[-1] for name in lab.models)
     out = where.out or Path("runs") / f"reproduce-{names}-{content_key(asdict(lab))[:6]}"
     _refuse(out, report, lab.store_completions)
@@ -339,7 +340,7 @@ def reproduce(
     def load(name: str) -> "Engine":
         return load_engine(ModelOptions(name, **how), progress)
 
-    results = run_experiments(lab, experiments, out, load, progress, sys.argv, skips=experiment == ALL)
+    results = run_experiments(lab, experiments, out, load, progress, sys.argv, experiment == ALL, shard)
     chosen_names, timed = [item.name for item in experiments], RunDirectory.open(out).read_timings().get("timed", {})
     _finish(results, out, report, output, lambda found, _: show.show_outcomes(found, chosen_names, timed))
     return _code_of_judges(results)

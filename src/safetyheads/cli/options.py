@@ -67,27 +67,34 @@ _KNOWN = {"ablation": f" Known are {KNOWN_ABLATIONS}.", "judges": f" Known are {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DirectoryOptions:
-    """Where a run is kept."""
+class ShardOptions:
+    """Where a run is kept, and which of its units are computed."""
 
     out: Path | None = None
     """Run directory; a run that it holds part of is continued. Default: a name of its own under runs/."""
+    shard: str | None = None
+    """Compute one of N shares of the run: I/N with I from 1 to N, or env for the task of a SLURM array or of torchrun.
+    All N have the same --out, or one each that merge joins. Exit code 3: run all of them again."""
+    wait: float = 0.0
+    """Seconds to wait for files of other shards while none appears, instead of ending with 3."""
+
+    @property
+    def parsed_shard(self) -> Shard:
+        """Which units are computed."""
+        if self.wait and self.shard is None:
+            raise InputError("--wait belongs to --shard")
+        return Shard.parse(self.shard, self.wait)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(DirectoryOptions):
-    """Where a run is kept, and whether it is carried out."""
+class RunOptions(ShardOptions):
+    """Where a run is kept, and whether and by whom it is carried out."""
 
     settings: Path | None = None
     """TOML file of this command's settings, named as the options are; options win over it."""
     dry_run: bool = False
     """Load the model, print what the run computes at most, its time, memory and the smallest effect that can show, and
     stop. Nothing is written."""
-    shard: str | None = None
-    """Compute one of N shares of the run: I/N with I from 1 to N, or env for the task of a SLURM array or of torchrun.
-    All N have the same --out, or one each that merge joins. Exit code 3: run all of them again."""
-    wait: float = 0.0
-    """Seconds to wait for files of other shards while none appears, instead of ending with 3."""
     ray: str | None = None
     """Compute by workers under Ray: local for this machine, auto for the cluster at hand, or the address of one. All
     machines see --out."""
@@ -124,8 +131,6 @@ class RunOptions(DirectoryOptions):
     @property
     def parsed_shard(self) -> Shard:
         """Which units are computed."""
-        if self.wait and self.shard is None:
-            raise InputError("--wait belongs to --shard")
         if self.ray is None and (self.workers is not None or self.gpus_per_worker or self.judge_workers):
             raise InputError("--workers, --gpus-per-worker and --judge-workers belong to --ray")
         if self.ray is not None and self.shard is not None:
@@ -134,7 +139,7 @@ class RunOptions(DirectoryOptions):
             math.inf > self.gpus_per_worker >= 0 <= self.judge_workers
         ):
             raise InputError("--workers is at least 1, and --gpus-per-worker and --judge-workers not below 0")
-        return Shard.parse(self.shard, self.wait)
+        return super().parsed_shard
 
 
 def settings_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

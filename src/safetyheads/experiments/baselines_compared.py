@@ -28,8 +28,10 @@ from safetyheads.integrations.utility import VANILLA, Variant, evaluate_tasks
 from safetyheads.measures.scorers import find_openers
 from safetyheads.model.attention_swap import swapped_attention
 from safetyheads.runs.config import TaskOptions
+from safetyheads.runs.directory import records_place
 from safetyheads.runs.kept_answers import has_failed, record_of
 from safetyheads.runs.rates import GroupAnswers
+from safetyheads.runs.shards import Units
 from safetyheads.runs.stored_files import Record
 from safetyheads.stats.intervals import Rate
 from safetyheads.stats.testing import PairedDifference, holm_of_tests
@@ -83,18 +85,18 @@ def table1(lab: Lab, outcome: Outcome) -> None:
     by_method: dict[str, _Tried] = {}
     rows: list[dict[str, Any]] = []
     not_applicable: list[dict[str, Any]] = []
+    methods = [method for method in METHODS.values() if lab.config.base is not None or not method.needs_unaligned]
     for method in METHODS.values():
-        if method.needs_unaligned and lab.config.base is None:
+        if method not in methods:
             outcome.note(f"{method.label} is left out: it needs base, the checkpoint before alignment.")
-            continue
-        try:
-            sweeps[method.name], at_chosen = bench.measured(method)
-        except UnsupportedModelError as error:
+    for method, measured in zip(methods, bench.measured(methods), strict=True):
+        if isinstance(measured, str):
             # One method that a family has no place for, or that finds nothing, is no reason to lose the others. What it
             # would do is not measured, so there is no 0 either.
-            setting = f"{NOT_APPLICABLE}: {error}"
+            setting = f"{NOT_APPLICABLE}: {measured}"
             not_applicable.append({"method": method.label, "touches": method.touches, "setting": setting})
             continue
+        sweeps[method.name], at_chosen = measured
         names = {"method": method.label, "name": method.name, "touches": method.touches}
         paper = quoted(model, "table1", method.name)
         names |= {"paper_share": 100 * paper[0], "paper": paper[1]} if paper else {}
@@ -133,13 +135,23 @@ class _Bench:
         *harmful, benign = (subject.vanilla() for subject in tested)
         self.vanilla = _Tried("", 0.0, 0, _together(harmful), benign)
         """The unablated answers to the test prompts."""
+        # Before any method is tried, for a method is one unit: within it nothing may be left to other shards.
+        self._learned_benign = learned[1].vanilla()
         self._material = cache(partial(material_of, lab, learned[0].model))
         """What methods learn from, with the checkpoint before alignment if wanted."""
 
-    def measured(self, method: Method) -> tuple[list[_Tried], _Tried]:
-        """Every strength on the learning prompts, and the chosen one on the test prompts."""
+    def measured(self, methods: Sequence[Method]) -> "list[tuple[list[_Tried], _Tried] | str]":
+        """Of each method every strength on the learning prompts, and the chosen one on the test prompts.
+
+        Of one that cannot be had on this model, why.
+        """
+        units: Units = {(records_place("table1", self._fields(one)),): float(len(one.strengths)) for one in methods}
+        self.lab.directory.divide("table1", units)
+        return self.lab.directory.together(*(partial(self._measured, method) for method in methods))
+
+    def _fields(self, method: Method) -> dict[str, Any]:
         lab, base, subjects = self.lab, self.lab.config.base, (*self.learned, *self.tested)
-        fields = {
+        return {
             "method": method.name,
             "strengths": list(method.strengths),
             "most_benign_lost": MOST_BENIGN_LOST,
@@ -152,11 +164,17 @@ class _Bench:
             "seed": lab.config.seed,
         }
 
+    def _measured(self, method: Method) -> tuple[list[_Tried], _Tried] | str:
         def compute(_: object = None) -> list[Record]:
             """What a judge failed on for a passing reason is answered and judged again, and the choice made anew."""
-            return self._computed(method)
+            try:
+                return self._computed(method)
+            except UnsupportedModelError as error:
+                return [{"part": "none", "setting": str(error)}]
 
-        rows = lab.directory.records("table1", fields, compute, compute, has_failed)
+        rows = self.lab.directory.records("table1", self._fields(method), compute, compute, has_failed)
+        if rows[0]["part"] == "none":
+            return str(rows[0]["setting"])
         swept, tested = ([row for row in rows if row["part"] == part] for part in ("swept", "tested"))
         (at_chosen,) = self._tried(tested, self.tested)
         return self._tried(swept, self.learned), at_chosen
@@ -181,7 +199,7 @@ class _Bench:
             rows: list[Record] = []
             for intervention in reversed(interventions.values()):
                 rows += self._answered(intervention, self.learned, "swept", done)
-            best = chosen(self._tried(rows, self.learned), self.learned[1].vanilla())
+            best = chosen(self._tried(rows, self.learned), self._learned_benign)
             return [*rows, *self._answered(interventions[best.setting], self.tested, "tested", done)]
 
     def _answered(

@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTIO
 from safetyheads.answers.decoding import GREEDY, Decoding, Sampling, not_followed_line
 from safetyheads.answers.success import query_level_groups
 from safetyheads.demo import planted_heads
-from safetyheads.errors import InputError, SafetyheadsError
+from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError
 from safetyheads.experiments.catalogue import EXPERIMENTS, Experiment, listed, missing
 from safetyheads.experiments.outcome import Measured, Outcome
 from safetyheads.experiments.settings import BENIGN, ORGANISM, PAPER_TEMPLATE, Half, ReproductionConfig, prompts_of
@@ -39,6 +39,7 @@ from safetyheads.runs.kept_answers import KeptAnswers, failed_judges, failures_o
 from safetyheads.runs.provenance import canonical_name, fingerprint, references_sha256, versions
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.run import Run, run_directory
+from safetyheads.runs.shards import Shard
 from safetyheads.scores import FunctionScorer, HeadScores
 
 KIND = "reproduction"
@@ -307,11 +308,13 @@ def reproduce(
     progress: Progress,
     command: Sequence[str] = (),
     skips: bool = False,
+    shard: Shard | None = None,
 ) -> dict[str, Any]:
     """Run experiments into a run directory, in their order; what is there already is not run again.
 
     A directory that holds other experiments of the same settings takes these too. ``load`` loads and proves a model by
     its name. ``skips`` leaves out, saying why, what needs something that is not there or cannot be run on these models.
+    Every ``shard`` goes through all experiments, and computes its own of the units that each needs.
     """
     given = config.template is not None
     template = config.template or f"the organism's chat, {PAPER_TEMPLATE} for other models"
@@ -327,22 +330,31 @@ def reproduce(
             raise InputError(f"{name} needs a setting that is not given, {lacking[name]}")
         progress.say(f"left out: {name}, which needs {lacking[name]}")
     runnable = [experiment for experiment in experiments if experiment.name not in left_out]
-    with run_directory(out, _settings(config), progress, command) as run:
+    with run_directory(out, _settings(config), progress, command, shard) as run:
         lab = Lab(config, run, progress, load)
         count_requests_in(run.path, lab.judges)
         # What judges failed on is asked again, and the outcomes with it.
         again = any(map(has_failed, run.stored_records()))
-        for number, experiment in enumerate(runnable, 1):
+        if again and not run.shard.alone:
+            # A shard would make the outcomes anew before another has judged its own answers again.
+            raise InputError(f"judges failed on answers of {out}; start it once without --shard, which asks them again")
+
+        def task(number: int, experiment: Experiment) -> None:
             progress.say(f"{number} of {len(runnable)}: {experiment.name}, {experiment.title}")
             try:
                 _keep_outcome(run, experiment, lab, again)
+            except ElsewhereError:
+                raise
             except SafetyheadsError as error:
                 if not skips:
                     raise
                 # What one experiment cannot be run on, others may be.
                 left_out[experiment.name] = str(error)
                 progress.say(f"left out: {experiment.name}. {error}")
-            _write(run, config, left_out)
+
+        for _ in run.each([partial(task, *numbered) for numbered in enumerate(runnable, 1)]):
+            if run.shard.alone:
+                _write(run, config, left_out)
         _write(run, config, left_out, failed_judges(failures_of(run.stored_records())))
         return run.read_results()
 
