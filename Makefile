@@ -46,7 +46,7 @@ real: setup
 	env -u OMP_NUM_THREADS $(BIN)/safetyheads audit smollm2:refusing_a --prompts jailbreakbench --preset quick --out runs/real
 
 test-real: setup
-	$(BIN)/python -m pytest -m 'real and not long'
+	$(BIN)/python -m pytest -m 'real and not long' tests/real
 
 test-oldest:
 	PYTHON=$(PYTHON) scripts/oldest.sh
