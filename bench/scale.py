@@ -2,7 +2,7 @@
 
     workers     one worker of one thread and two under Ray on a random 58M model: ratio, overhead a unit, memory
     plan        10,000 units planned and told of: seconds
-    cluster     a scan of a 7B shape on 1 to 64 workers or shards: units replaced by their counted seconds, in simulated time
+    cluster     a scan of a 7B shape on 1 to 64 workers or shards: units replaced by counted seconds, in simulated time
 
 Seconds by the clock mean little on a machine that does other work: seconds of the processor stand beside them.
 """

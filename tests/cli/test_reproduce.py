@@ -53,7 +53,7 @@ def test_a_judge_that_gave_no_verdict_is_told_and_asked_again(run, monkeypatch):
 
 
 def test_a_plan_computes_nothing_and_a_shard_ends_with_3(run):
-    asked = "reproduce fig13 --limit 4 --out run --threads 1 --quiet".split()
+    asked = ["reproduce", "fig13", "--limit", "4", "--out", "run", "--threads", "1", "--quiet"]
     assert run("plan", "2", *asked)[0] == 0
     assert [*Path("run/plan").glob("*.json")]
     assert [*Path("run").glob("completions/*")] == []
