@@ -12,10 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
-from functools import partial
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, TypedDict, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -35,6 +34,7 @@ from safetyheads.files import (
 from safetyheads.runs.config import duration
 from safetyheads.runs.shards import Shard, Units, array_text, owners
 from safetyheads.runs.stored_files import (
+    KEY_DIGITS,
     DamagedError,
     Fits,
     Held,
@@ -60,12 +60,11 @@ _LOCK = ".lock-"
 _GITIGNORE = b"*\n"
 _DIFFERENCES_SHOWN = 6
 _REMEMBERED = "remembered"
-_FOLDERS: dict[str, Callable[[bytes], tuple[Held, Any]]] = {
-    "completions": unpack_records,
-    _REMEMBERED: unpack_records,
-    "shards": unpack_tensors,
+_FOLDERS: dict[str, tuple[Callable[..., bytes], Callable[[bytes], tuple[Held, Any]]]] = {
+    **dict.fromkeys(("completions", _REMEMBERED), (pack_records, unpack_records)),
+    "shards": (pack_tensors, unpack_tensors),
 }
-"""Folders of stored parts, and how a file there is read."""
+"""Folders of stored parts, and how a file there is made and read."""
 
 _POLL_SECONDS = 0.5
 # Settings of the harmful prompts; what is found out about them has "harmful" in its name.
@@ -73,6 +72,7 @@ _OF_HARMFUL = ("prompts", "column", "context_column", "category_column")
 
 _log = logging.getLogger(__name__)
 Value = TypeVar("Value")
+_Unit: TypeAlias = tuple[tuple[str, ...], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,27 +83,6 @@ class Manifest:
     """:data:`SCHEMA_VERSION` of the version that wrote the run."""
     config: dict[str, Any]
     """All settings, and fingerprints of model and prompts."""
-
-
-class _PlanFile(TypedDict):
-    stage: str
-    units: list[tuple[tuple[str, ...], float]]
-    """Files of each unit, and what it costs."""
-
-
-class _StageFile(TypedDict):
-    files: list[tuple[str, int, str]]
-    """Place, number of entries and checksum of each file."""
-
-
-class _Stages(TypedDict):
-    stages: dict[str, str]
-    """Checksum of the list of each finished stage."""
-
-
-class _RememberedLine(TypedDict):
-    name: str
-    value: Any
 
 
 class Start(TypedDict, total=False):
@@ -155,7 +134,6 @@ class RunDirectory:
         """Number of entries and checksum by place: files of finished stages, and those that this process read or wrote.
         """
         self._results: dict[str, Any] | None = None
-        self._earlier: tuple[tuple[int, int], dict[str, Any]] = (0, 0), {}
         self._known: dict[str, Any] = {}
         """What is remembered, and was read."""
         self._known_places: set[str] = set()
@@ -257,23 +235,20 @@ class RunDirectory:
         stored = self.recalled(name, value, fits)
         if stored is None:
             key, line = content_key({"name": name}), {"name": name, "value": value}
-            content = partial(pack_records, self.key, _REMEMBERED, key, [line])
             place = f"{_REMEMBERED}/{as_file_name(name)[:80]}-{key}.jsonl"
-            (record,) = self._stored(place, _REMEMBERED, content, replaces=False)
+
+            def fitting(lines: Sequence[Record]) -> bool:
+                return is_alike(lines[0]["value"], value) and (fits is None or fits(lines[0]["value"]))
+
+            (record,) = self._stored(place, lambda: [line], fitting, replaces=False)
             stored = self._known[name] = record["value"]
             self._known_places.add(place)
         return stored
 
     def recalled(self, name: str, like: Any, fits: Callable[[Any], bool] | None = None) -> Any:
-        """What is stored under ``name``, or None; of another type than ``like``, or not ``fit``, it is set aside."""
-        known, like = self.remembered(), parse_json(canonical_json({"value": like}), name)["value"]
-        if name in known and not (is_alike(known[name], like) and (fits is None or fits(known[name]))):
-            for place in [place for place in self._known_places if content_key({"name": name}) in place]:
-                with self._setting_aside(place):
-                    raise DamagedError(f"{self.path / place} is damaged: it does not hold what is remembered there")
-                self._known_places.discard(place)
-            del known[name]
-        return known.get(name)
+        """What is stored under ``name``; None where that is nothing, of another type than ``like``, or does not fit."""
+        known = self.remembered().get(name)
+        return known if is_alike(known, like) and (fits is None or fits(known)) else None
 
     def remembered(self, prefix: str = "") -> dict[str, Any]:
         """What was remembered under names that begin so; without a prefix, the store itself."""
@@ -282,9 +257,9 @@ class RunDirectory:
             for place in sorted(places) if self._lock is None else self._names(f"{_REMEMBERED}/*.jsonl"):
                 if place in self._known_places:
                     continue
-                with self._setting_aside(place):
-                    (line,) = self._fitting(place, self.read(place), tuple[_RememberedLine])
-                    self._known[line["name"]] = line["value"]
+                with self._setting_aside(place), as_damaged(self.path / place):
+                    (line,) = self.read(place)
+                    self._known[str(line["name"])] = line["value"]
                     self._known_places.add(place)
         if not prefix:
             return self._known
@@ -303,13 +278,7 @@ class RunDirectory:
 
         Either way they are what reading gives: contiguous, on the CPU. Stored ones that do not ``fit`` are set aside.
         """
-        key, place = content_key(fields), tensors_place(stage, fields)
-
-        def make() -> bytes:
-            return pack_tensors(self.key, stage, key, compute())
-
-        tensors: dict[str, Tensor] = self._stored(place, stage, make, fits=fits)
-        return tensors
+        return self._stored(tensors_place(stage, fields), compute, fits)
 
     def records(
         self,
@@ -325,18 +294,14 @@ class RunDirectory:
         ``mend`` is given stored records, if any ``has_failed``, and returns what they should be, which is stored
         instead. One shard mends a file; others go on with what is there, unless one is at it.
         """
-        key, place = content_key(fields), records_place(stage, fields)
-        is_there = os.path.lexists(self.path / place)
-
-        def make() -> bytes:
-            return pack_records(self.key, stage, key, compute())
-
-        records: list[Record] = self._stored(place, stage, make, fits=fits)
+        place = records_place(stage, fields)
+        is_there = self._is_there(place)
+        records: list[Record] = self._stored(place, compute, fits)
         if not is_there or mend is None or not (has_failed is None or any(map(has_failed, records))):
             return records
         if self.shard.takes(place, again=True):
             if (mended := mend(records)) != records:
-                self._write(place, pack_records(self.key, stage, key, mended))
+                self._write(place, self._packed(place, mended))
                 records = self.read(place)
             self.shard.wrote(place)
             return records
@@ -382,8 +347,11 @@ class RunDirectory:
 
     def planned(self) -> list[tuple[str, Units]]:
         """Every stage that was reached, and its units as the process found them that reached it."""
-        listed = [self._fitting(place, self._read_json(place), _PlanFile) for place in self._names("plan/*.json")]
-        return [(of["stage"], dict(of["units"])) for of in listed]
+        planned: list[tuple[str, Units]] = []
+        for place in self._names("plan/*.json"):
+            units = self._fitting(f"{place}: units", self._read_json(place).get("units"), list[_Unit])
+            planned.append((Path(place).stem.rpartition("-")[0], dict(units)))
+        return planned
 
     # Joining the directories of shards.
 
@@ -394,12 +362,10 @@ class RunDirectory:
 
     def take(self, place: str, other: Self) -> None:
         """Copy a stored part of another run; of a run of other versions it is written as one of this run."""
-        content = read_regular(other._inside(place), follows_links=False)
-        if other.key != self.key:
-            held, value = _FOLDERS[place.split("/")[0]](content)
-            pack = pack_tensors if place.startswith("shards/") else pack_records
-            content = pack(self.key, held.stage, held.key, value)
-        self._write(place, content)
+        if other.key == self.key:
+            self._write(place, read_regular(other._inside(place), follows_links=False))
+        else:
+            self._write(place, self._packed(place, other.read(place)))
 
     def take_plan(self, other: Self) -> None:
         """Copy the plan, the starts and their logs of another run."""
@@ -431,9 +397,10 @@ class RunDirectory:
     def _borrowed(self, place: str) -> bool:
         """Whether another run had the file; it is here then."""
         for other, part in self._lenders:
-            if part in place and os.path.lexists(other.path / place):
+            if part in place and other._is_there(place):
                 with suppress(InputError):  # a damaged one is no loan
                     self.take(place, other)
+                    self.shard.wrote(place)
                     return True
         return False
 
@@ -490,40 +457,36 @@ class RunDirectory:
     def _stored(
         self,
         place: str,
-        stage: str,
-        make: Callable[[], bytes],
-        replaces: bool = True,
+        compute: Callable[[], Any],
         fits: Callable[[Any], bool] | None = None,
+        replaces: bool = True,
     ) -> Any:
-        """What a file holds; a file that is absent or damaged is made first, unless another shard makes it."""
-        if os.path.lexists(self.path / place):
-            with self._setting_aside(place):
-                return self._read_fitting(place, fits)
-        elif place in self._files:
+        """What a file holds; one that is absent, damaged or unfit is made first, unless another shard makes it."""
+        if place in self._files and not self._is_there(place):
             _log.warning("%s is lost and computed again", self.path / place)
-        if self._borrowed(place):
-            with self._setting_aside(place):
-                value = self._read_fitting(place, fits)
-                self.shard.wrote(place)
-                return value
+        for is_there in (self._is_there, self._borrowed):
+            if is_there(place):
+                with self._setting_aside(place), as_damaged(self.path / place):
+                    value = self.read(place)
+                    if fits is not None and not fits(value):
+                        raise DamagedError(f"{self.path / place} is damaged: it does not hold what was asked for")
+                    return value
         if not self.shard.takes(place):
             raise _elsewhere({place})
         if not replaces:
-            self._write(place, make(), replaces)
+            self._write(place, self._packed(place, compute()), replaces)
             return self.read(place)
         self._note(place)
         began = time.monotonic()
-        self._write(place, make())
+        self._write(place, self._packed(place, compute()))
         self._note(place, seconds=time.monotonic() - began)
         self.shard.wrote(place)
         return self.read(place)
 
-    def _read_fitting(self, place: str, fits: Callable[[Any], bool] | None) -> Any:
-        value = self.read(place)
-        with as_damaged(self.path / place):
-            if fits is not None and not fits(value):
-                raise DamagedError(f"{self.path / place} is damaged: it does not hold what was asked for")
-        return value
+    def _packed(self, place: str, content: Any) -> bytes:
+        """Records or tensors as a file of this run at that place."""
+        pack, _ = _FOLDERS[place.split("/")[0]]
+        return pack(self.key, stage_of(place), Path(place).stem[-KEY_DIGITS:], content)
 
     def read(self, place: str) -> Any:
         """What a file holds, once it fits what it says, its place, and the list of its stage where that is finished."""
@@ -531,7 +494,8 @@ class RunDirectory:
         try:
             if not os.path.lexists(path):
                 raise DamagedError("it is lost")
-            held, value = _FOLDERS[place.split("/")[0]](read_regular(path, follows_links=False))
+            _, unpack = _FOLDERS[place.split("/")[0]]
+            held, value = unpack(read_regular(path, follows_links=False))
             key, stage = held.key, held.stage
             wanted = (f"completions/{stage}-{key}.jsonl", f"shards/{stage}/{key}.safetensors")
             if held.run != self.key or not (place in wanted or (stage == _REMEMBERED and key in place)):
@@ -569,11 +533,6 @@ class RunDirectory:
 
     # Results.
 
-    @property
-    def n_stored(self) -> int:
-        """Files of scores and answers that are stored."""
-        return sum(stage_of(place) != _REMEMBERED for place in self.places())
-
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write ``results.json``: equal results give equal bytes, so no dates or times belong in it.
 
@@ -603,15 +562,9 @@ class RunDirectory:
         return results
 
     def earlier_results(self) -> dict[str, Any]:
-        """What an earlier start of the run wrote, and whatever was added to it; nothing where none can be read.
-
-        A large file that nobody has written again since the last call is not read again.
-        """
-        with suppress(InputError, OSError):
-            about = (self.path / "results.json").stat()
-            if self._earlier[0] != (about.st_ino, about.st_mtime_ns):
-                self._earlier = (about.st_ino, about.st_mtime_ns), self.read_results()
-            return self._earlier[1]
+        """What an earlier start of the run wrote, and whatever was added to it; nothing where none can be read."""
+        with suppress(InputError):
+            return self.read_results()
         return {}
 
     @contextmanager
@@ -626,14 +579,14 @@ class RunDirectory:
         """Read the results and the lists of finished stages, which must fit each other."""
         results = self._read_json("results.json")
         self._files = {}
-        for stage, digest in self._fitting("results.json", results, _Stages)["stages"].items():
+        for stage, digest in self._fitting("results.json: stages", results.get("stages"), dict[str, str]).items():
             if content_key({"files": self._load_stage(f"stages/{stage}.json")}) != digest:
                 raise DamagedError(f"{self.path / f'stages/{stage}.json'} does not fit results.json")
         self._results = results
 
     def _load_stage(self, place: str) -> list[tuple[str, int, str]]:
         """Place, number of entries and checksum of each file of a finished stage; they are known from here on."""
-        files = self._fitting(place, self._read_json(place), _StageFile)["files"]
+        files = self._fitting(f"{place}: files", self._read_json(place).get("files"), list[tuple[str, int, str]])
         if strange := [file for file, *_ in files if file.split("/")[0] not in _FOLDERS or ".." in file.split("/")]:
             raise DamagedError(f"{self.path}: {place} lists {strange[0]}, which is no stored part of a run")
         self._files = {file: (count, sha256) for file, count, sha256 in files} | self._files
@@ -878,7 +831,7 @@ def is_alike(stored: Any, value: Any) -> bool:
     if isinstance(value, dict):
         same = isinstance(stored, dict) and stored.keys() == value.keys()
         return same and all(is_alike(stored[name], of) for name, of in value.items())
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return isinstance(stored, list) and all(is_alike(each, first) for each in stored for first in value[:1])
     numbers = (int, float) if isinstance(value, float) else ()
     return type(stored) is type(value) or (type(stored) in numbers)

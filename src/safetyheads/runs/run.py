@@ -55,7 +55,7 @@ from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.config import NO_BENIGN, Progress, PromptOptions, TemplateOptions, duration
-from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, tensors_place
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, stage_of, tensors_place
 from safetyheads.runs.estimate import Estimate, Machine, Work, chain_lines, estimate
 from safetyheads.runs.kept_answers import KeptAnswers, failed_judges
 from safetyheads.runs.provenance import model_facts, provenance, settings_of, template_facts
@@ -515,7 +515,7 @@ def run_directory(
     with RunDirectory.start(out, settings, provenance(command), shard=shard) as directory:
         try:
             directory.borrow(lenders)
-            if n_stored := directory.n_stored:
+            if n_stored := sum(stage_of(place) != "remembered" for place in directory.places()):
                 progress.say(f"this run was begun before: {n_stored} stored parts are read and not computed again")
             threads = directory.remember("threads", torch.get_num_threads(), lambda n: 0 < n < 2**16)
             if threads != torch.get_num_threads():

@@ -79,6 +79,8 @@ class AnswerRecord(TypedDict):
 
 
 _CHECKED = "checksums"
+KEY_DIGITS = 24
+"""Of a key: 96 bits, so that two of a million files collide once in 10^17 runs."""
 
 
 class DamagedError(InputError):
@@ -129,8 +131,7 @@ class Held:
 
 def content_key(fields: Mapping[str, Any]) -> str:
     """The name of what ``fields`` determine: equal fields, in any order, give equal keys."""
-    # 24 digits are 96 bits: two of a million shards collide once in 10^17 runs.
-    return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:24]
+    return hashlib.sha256(canonical_json(fields).encode()).hexdigest()[:KEY_DIGITS]
 
 
 def converted(value: Any, kind: Callable[..., Fits]) -> Fits:
