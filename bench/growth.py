@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def point(at: dict[str, int], device: str, repeats: int, scale: int) -> dict[str
     ]
     layout = engine.plan(sequences)
     heads = [head for head in engine.heads if head.index < at["heads"]]
-    layout = layout._replace(groups_per_batch=min(layout.groups_per_batch, at["heads"]))
+    layout = replace(layout, groups_per_batch=min(layout.groups_per_batch, at["heads"]))
     seconds = []
 
     def begun() -> HeadPass:

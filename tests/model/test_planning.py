@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import random
+from dataclasses import asdict
 from functools import cache
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from safetyheads.model.loading import use_our_attention
 from safetyheads.model.packing import TokenSequence, pack, shared_prefix
 from safetyheads.model.planning import Plan, halving, is_out_of_memory, lay_out, row_sizes
 from safetyheads.model.replay import decode
+from safetyheads.runs.stored_files import converted
 
 # A slow machine is no failure, and examples are few because the whole unit suite runs before each change.
 quick = settings(deadline=None, max_examples=50)
@@ -107,7 +109,7 @@ def test_a_plan_holds_every_sequence_once_and_in_order_and_reads_back_from_json(
     assert 1 <= made.groups_per_batch <= n_heads
     sizes = {len(row) for row in made.rows}
     assert max(sizes) - min(sizes) <= 1
-    assert Plan.from_dict(json.loads(json.dumps(made.as_dict()))) == made
+    assert converted(json.loads(json.dumps(asdict(made))), Plan) == made
 
 
 def batch_tokens(made, chosen):

@@ -1,6 +1,7 @@
 """What a run says of the work ahead: the rate of a timed batch, all that is asked for, stages, what is left."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from tiny_models import engine_of, prompts_of
@@ -55,7 +56,7 @@ def test_a_pass_is_told_at_the_rate_of_the_timed_batch(monkeypatch, replays):
     ticks = iter([0.0, 9.0, 10.0, 12.0, 20.0, 23.0, *range(99)])
     monkeypatch.setattr("safetyheads.runs.estimate.time.monotonic", lambda: next(ticks))
     seconds, memory = estimate_pass(engine, sequences, layout)
-    timed = row_sizes(sequences, layout._replace(rows=layout.rows[:1]))
+    timed = row_sizes(sequences, replace(layout, rows=layout.rows[:1]))
     rate = layout.groups_per_batch * engine.costs.replay_flops(timed, 0) / 2.0
     rows = row_sizes(sequences, layout)
     flops = engine.costs.forward_flops(rows) + engine.costs.scan_flops(rows, engine.heads)

@@ -9,7 +9,7 @@
 import hashlib
 import warnings
 from collections.abc import Callable, MutableSet, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import NamedTuple, Self, TypeAlias
@@ -136,7 +136,7 @@ class DraftPass:
         return compared, self.n_tokens * sum(shares)
 
     def _key(self, groups: Sequence[Group], indices: Sequence[int]) -> str:
-        compared = self.drafts, self.ablation, self.sampling, self.plan.as_dict(), [groups[index] for index in indices]
+        compared = self.drafts, self.ablation, self.sampling, asdict(self.plan), [groups[index] for index in indices]
         return hashlib.sha256(repr(compared).encode()).hexdigest()
 
     @torch.inference_mode()

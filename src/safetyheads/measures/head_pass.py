@@ -191,7 +191,7 @@ class HeadPass:
         captures = [] if common else self._captures
         self._captures = []
         # All that results depend on, groups and weights aside, as a hash: of many prompts it is long.
-        told = [asdict(self.ablation), asdict(self.readouts), self.plan.as_dict(), self._tokens_sha256]
+        told = [asdict(self.ablation), asdict(self.readouts), asdict(self.plan), self._tokens_sha256]
         depends_on = {"pass": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()}
         n_layers, n_tokens = self.engine.n_layers, sum(len(sequence.token_ids) for sequence in self.sequences)
 

@@ -1,10 +1,11 @@
 """Plans passes over a model: which prompts share a packed row, how many head groups a batch; counts what that costs."""
 
 import errno
-from collections.abc import Callable, Iterator, Mapping, MutableSet, Sequence
+from collections.abc import Callable, Iterator, MutableSet, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import NamedTuple, TypeVar
 
 import psutil
 import torch
@@ -38,7 +39,8 @@ _FLOAT64_BYTES = 40
 _BUDGET_A_LOGIT = 176
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Plan:
     """The layout of a pass. The manifest keeps it, because batch shapes move results in the last bits."""
 
     rows: tuple[tuple[int, ...], ...]
@@ -47,21 +49,10 @@ class Plan(NamedTuple):
     """Head groups, that is batch rows, that are replayed together."""
     threads: int
 
-    def as_dict(self) -> dict[str, Any]:
-        """The plan as JSON holds it."""
-        return {**self._asdict(), "rows": [list(row) for row in self.rows]}
-
-    @staticmethod
-    def is_of(n_sequences: int, stored: Mapping[str, Any]) -> bool:
-        """Whether a stored plan lays out so many sequences, each once."""
-        numbers = sorted(number for row in stored["rows"] for number in row)
-        counts = stored["groups_per_batch"], stored["threads"]
-        return numbers == list(range(n_sequences)) and min(counts) > 0
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """The plan that :meth:`as_dict` gave."""
-        return cls(tuple(tuple(row) for row in stored["rows"]), stored["groups_per_batch"], stored["threads"])
+    def is_of(self, n_sequences: int) -> bool:
+        """Whether it lays out so many sequences, each once."""
+        numbers = sorted(number for row in self.rows for number in row)
+        return numbers == list(range(n_sequences)) and min(self.groups_per_batch, self.threads) > 0
 
 
 # Plans
@@ -96,7 +87,7 @@ def lay_out(sequences: Sequence[TokenSequence], costs: "ModelCosts", token_budge
     starts = [number * base + min(number, extra) for number in range(n_rows + 1)]
     plan = Plan(tuple(tuple(range(start, end)) for start, end in pairwise(starts)), 1, torch.get_num_threads())
     groups = max(1, min(n_rows_useful, token_budget // longest_row(sequences, plan)))
-    return plan._replace(groups_per_batch=groups)
+    return replace(plan, groups_per_batch=groups)
 
 
 def fit_plan(sequences: Sequence[TokenSequence], costs: "ModelCosts", n_tokens: int, memory_budget: int | None) -> Plan:

@@ -16,6 +16,7 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, TypedDict, TypeVar
 
+import msgspec
 from filelock import FileLock, Timeout
 
 from safetyheads.errors import ElsewhereError, IncompleteError, InputError, shorten
@@ -227,28 +228,32 @@ class RunDirectory:
 
     # What is remembered.
 
-    def remember(self, name: str, value: Any, fits: Callable[[Any], bool] | None = None) -> Any:
+    def remember(self, name: str, value: Value, fits: Callable[[Value], bool] | None = None) -> Value:
         """Store ``value`` under ``name`` the first time, and return the stored value every time.
 
-        The plan of a run's batches is stored here: another plan would move results in their last bits.
+        The plan of a run's batches is stored here: another plan would move results in their last bits. A stored value
+        that is of another type, or does not ``fit``, is set aside.
         """
-        stored = self.recalled(name, value, fits)
+        stored = self.recalled(name, type(value), fits)
         if stored is None:
-            key, line = content_key({"name": name}), {"name": name, "value": value}
+            key, line = content_key({"name": name}), {"name": name, "value": msgspec.to_builtins(value)}
             place = f"{_REMEMBERED}/{as_file_name(name)[:80]}-{key}.jsonl"
 
             def fitting(lines: Sequence[Record]) -> bool:
-                return is_alike(lines[0]["value"], value) and (fits is None or fits(lines[0]["value"]))
+                told = converted(lines[0]["value"], type(value))
+                return fits is None or fits(told)
 
             (record,) = self._stored(place, lambda: [line], fitting, replaces=False)
-            stored = self._known[name] = record["value"]
+            self._known[name], stored = record["value"], converted(record["value"], type(value))
             self._known_places.add(place)
         return stored
 
-    def recalled(self, name: str, like: Any, fits: Callable[[Any], bool] | None = None) -> Any:
-        """What is stored under ``name``; None where that is nothing, of another type than ``like``, or does not fit."""
-        known = self.remembered().get(name)
-        return known if is_alike(known, like) and (fits is None or fits(known)) else None
+    def recalled(self, name: str, kind: type[Value], fits: Callable[[Value], bool] | None = None) -> Value | None:
+        """What is stored under ``name``; None where that is nothing, or is of another type or does not fit."""
+        with suppress(DamagedError), as_damaged(name):
+            value = converted(self.remembered()[name], kind)
+            return value if fits is None or fits(value) else None
+        return None
 
     def remembered(self, prefix: str = "") -> dict[str, Any]:
         """What was remembered under names that begin so; without a prefix, the store itself."""
@@ -698,10 +703,8 @@ class RunDirectory:
 
     def _fitting(self, place: str, told: Any, kind: Callable[..., Fits]) -> Fits:
         """What a file says, as the type that is read of it; an error names the file and the field."""
-        try:
+        with as_damaged(self.path / place):
             return converted(told, kind)
-        except DamagedError as error:
-            raise DamagedError(f"{self.path}: {place}: {error}") from None
 
     def _read_json(self, place: str) -> dict[str, Any]:
         path = self._inside(place)
@@ -824,17 +827,6 @@ def differences_of(*configs: Mapping[str, Any]) -> list[str]:
         words = re.sub(r"[_.]", " ", name.replace("_sha256", ""))
         differences.append(words if "_sha256" in name else f"{words} ({before} -> {after})")
     return list(dict.fromkeys(differences))
-
-
-def is_alike(stored: Any, value: Any) -> bool:
-    """Whether two values of JSON have one type: objects also the same fields, lists what the first of ``value`` is."""
-    if isinstance(value, dict):
-        same = isinstance(stored, dict) and stored.keys() == value.keys()
-        return same and all(is_alike(stored[name], of) for name, of in value.items())
-    if isinstance(value, list | tuple):
-        return isinstance(stored, list) and all(is_alike(each, first) for each in stored for first in value[:1])
-    numbers = (int, float) if isinstance(value, float) else ()
-    return type(stored) is type(value) or (type(stored) in numbers)
 
 
 def as_file_name(name: str) -> str:

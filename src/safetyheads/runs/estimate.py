@@ -4,7 +4,7 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -168,7 +168,7 @@ def estimate_pass(engine: Engine, sequences: Sequence[TokenSequence], layout: Pl
     """
     begins, with_heads = engine.n_layers - 1 - _TIMED_LAYERS, engine.architecture.with_heads
     start = next((layer for layer in with_heads if layer >= begins), with_heads[-1])
-    timed = layout._replace(rows=layout.rows[:1])
+    timed = replace(layout, rows=layout.rows[:1])
     captures = engine.captured(sequences, (), SCALING_CONTRIBUTION, timed, start)
     groups = [(head,) for head in engine.heads if head.layer == start][: layout.groups_per_batch]
     seconds = []

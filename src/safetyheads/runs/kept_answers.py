@@ -24,7 +24,6 @@ from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.answers.surprise import AnswerKey, Surprises, answer_key, row_tokens
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.base import Judge, Label, Verdict
-from safetyheads.model.planning import Plan
 from safetyheads.prompts.prompt_set import Prompt
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory, records_place
@@ -50,7 +49,6 @@ _MOST_PARTS, _LEAST_PROMPTS = 16, 16
 # Drafts pay from about so many groups on: preparing them costs as much as decoding two or three groups plainly, and of
 # groups that change few answers they save half (bench/LOG.md, 2026-11-29).
 _LEAST_DRAFTED = 8
-_ANY_PLAN = Plan(((0,),), 1, 1).as_dict()
 
 
 # What answers and records have alike; and what a record has only where it is told.
@@ -62,16 +60,6 @@ _OF_VERDICT = tuple(Verdict.__dataclass_fields__)
 def has_failed(record: Record) -> bool:
     """Whether a judge failed on the answer for a passing reason, such as an endpoint that was down."""
     return any(verdict.get("passing") for verdict in record.get("verdicts", {}).values())
-
-
-def is_positive(number: float) -> bool:
-    """Whether a stored number is one that counts something."""
-    return number > 0
-
-
-def is_margin(number: float) -> bool:
-    """Whether a stored number may be a difference of logits."""
-    return number >= 0
 
 
 Failures: TypeAlias = Counter[tuple[str, str, bool]]
@@ -287,7 +275,7 @@ class KeptAnswers:
         """Measures how surprising answers are; None where that is not wanted."""
         if not self.measures_surprise:
             return None
-        n_tokens: int = self.directory.remember(f"row_tokens_{self.name}", row_tokens(self.engine), is_positive)
+        n_tokens = self.directory.remember(f"row_tokens_{self.name}", row_tokens(self.engine), lambda n: n > 0)
         return Surprises(self.engine, self.asked.token_ids, n_tokens)
 
     def under(self, part: str, groups: Sequence[Group], ablation: Ablation) -> list[GroupAnswers]:
@@ -407,8 +395,7 @@ class KeptAnswers:
     def _n_rows(self) -> int:
         """Rows a batch where answers are decoded; as when the run began, since batches move the last bits."""
         longest = self.asked.longest + self.decoding.max_new_tokens
-        n_rows: int = self.directory.remember(f"rows_{self.name}", rows_that_fit(self.engine, longest), is_positive)
-        return n_rows
+        return self.directory.remember(f"rows_{self.name}", rows_that_fit(self.engine, longest), lambda n: n > 0)
 
     def _plain(
         self, places: Sequence[tuple[int, Group]], ablation: Ablation, on_rows: OnRows
@@ -457,21 +444,17 @@ class KeptAnswers:
             self.held.clear()
             # Another plan would move margins in their last bits, and so perhaps the number of near-ties.
             key, (token_ids, unablated) = self._key(ablation, block), self._with_answers(block)
-            drafts = drafts_of(self.engine, token_ids, unablated)
-            fits = partial(Plan.is_of, len(drafts))
-            plan = self.directory.recalled(f"plan_drafts_{key}", _ANY_PLAN, fits)
-            if plan is None and drafts:
-                # Asked of the directory first: where shards start at once, all take the plan of the first one.
+            drafts, plan = drafts_of(self.engine, token_ids, unablated), None
+            if drafts:
                 layout = self.engine.plan([draft.sequence for draft in drafts.values()])
-                plan = self.directory.remember(f"plan_drafts_{key}", layout.as_dict(), fits)
+                plan = self.directory.remember(f"plan_drafts_{key}", layout, lambda stored: stored.is_of(len(drafts)))
             asked = self.engine, token_ids, ablation, self.decoding, self.judging.stop
-            tolerance = self.directory.recalled(f"tolerance_{key}", 0.0, is_margin)
-            how = Plan.from_dict(plan) if drafts else None, tolerance, self._n_rows
-            verified = VerifiedDrafts(*asked, unablated, *how, self._halved)
+            measured = self.directory.recalled(f"tolerance_{key}", float, lambda stored: stored >= 0)
+            verified = VerifiedDrafts(*asked, unablated, plan, measured, self._n_rows, self._halved)
             # Infinite where logits are not finite; JSON cannot write that.
             tolerance = min(verified.tolerance, sys.float_info.max)
-            verified.tolerance = self.directory.remember(f"tolerance_{key}", tolerance, is_margin)
-            self.directory.remember(f"economy_{key}", asdict(verified.cost_of_drafts))
+            verified.tolerance = self.directory.remember(f"tolerance_{key}", tolerance, lambda stored: stored >= 0)
+            self.directory.remember(f"economy_{key}", verified.cost_of_drafts)
             self.held[place] = verified
         return self.held[place]
 

@@ -14,7 +14,7 @@ from safetyheads.errors import InputError
 from safetyheads.files import leaves
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 from safetyheads.runs.rates import GroupAnswers, without_texts
-from safetyheads.runs.stored_files import DamagedError, Record, as_damaged, converted
+from safetyheads.runs.stored_files import Record, as_damaged, converted
 from safetyheads.stats.gain_over_random import SizeOutcome
 from safetyheads.stats.intervals import FloatArray
 from safetyheads.stats.ranking import HeadTable
@@ -199,10 +199,7 @@ class RunReader(FinishedRun):
                 self.lead_heads = tuple(head for head, p in p_values.items() if p is not None and p < alpha)
             rates = self.benign_answered, self.lead_group and self.lead_group["asr"]
             told = {"heads": [*self.lead_heads], "rates": [self.vanilla_asr, *filter(None, rates)]}
-        try:
             converted(told | {"verdict": self.verdict, "concentration": self.concentration}, _Told)
-        except DamagedError as error:
-            raise DamagedError(f"{path / 'results.json'} does not hold what is read of it: {error}") from None
 
     def _facts(self) -> dict[str, object]:
         heads = ", ".join(self.lead_heads) or "none"

@@ -50,7 +50,6 @@ from safetyheads.measures.scorers import OPENER_TOKENS, Opener, answer_sequences
 from safetyheads.measures.screening import ScorerOn
 from safetyheads.model.engine import Engine
 from safetyheads.model.packing import TokenSequence
-from safetyheads.model.planning import Plan
 from safetyheads.prompts.asked import AskedPrompts
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
@@ -271,10 +270,10 @@ class Run(Generic[Config]):
         plan_name: str,
     ) -> HeadPass:
         """A pass over sequences of a set, whose results and plan are kept."""
-        made = self.engine.plan(sequences).as_dict()
-        plan = self.directory.remember(f"plan_{plan_name}", made, partial(Plan.is_of, len(sequences)))
+        made = self.engine.plan(sequences)
+        plan = self.directory.remember(f"plan_{plan_name}", made, lambda stored: stored.is_of(len(sequences)))
         keep = _KeptPass(self.directory, stage, self._about[name])
-        return HeadPass(self.engine, sequences, ablation, readouts, Plan.from_dict(plan), keep)
+        return HeadPass(self.engine, sequences, ablation, readouts, plan, keep)
 
     def scored(
         self, name: str, ablation: Ablation, readouts: Readouts, positions: int = 1, heads: Sequence[Head] | None = None

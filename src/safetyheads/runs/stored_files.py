@@ -87,11 +87,17 @@ class DamagedError(InputError):
     """A stored file does not hold what it says, or what its place says."""
 
 
+class UnfitError(DamagedError):
+    """A value is not of the type that is read of it; the message names the field and not the file."""
+
+
 @contextmanager
 def as_damaged(path: Path | str) -> Iterator[None]:
     """Within, a field that is missing, or of another type, is one line that names the file and the field."""
     try:
         yield
+    except UnfitError as error:
+        raise DamagedError(f"{path} does not hold what is read of it: {error}") from None
     except SafetyheadsError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
@@ -139,7 +145,7 @@ def converted(value: Any, kind: Callable[..., Fits]) -> Fits:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise DamagedError(str(error).replace("`", "").replace("$.", "").replace("$", "")) from None
+        raise UnfitError(str(error).replace("`", "").replace("$.", "").replace("$", "")) from None
 
 
 # Records: a line that says what follows, then a line of JSON each.
