@@ -10,6 +10,8 @@ from numbers import Integral
 
 # Where Linux tells how much memory a process has, in pages.
 _MEMORY = "/proc/self/statm"
+ERRORS_OF_CODE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
+"""What code trips over where it is given something else than it expects, and nothing of the machine."""
 OVERFLOWS = "{} is not finite: the ablated model's states overflow its dtype"
 
 

@@ -171,7 +171,7 @@ def test_a_run_keeps_thoughts_apart_from_what_judges_get(monkeypatch, tmp_path):
     assert any(row.get("unclosed") for row in rows)
     assert any(row.get("thought") and not row.get("unclosed") for row in rows)
     assert all(row["thinks"] for row in rows)
-    assert directory.manifest.config["thinking"] == "open"
+    assert directory.config["thinking"] == "open"
     patient = Recording(judge, decides_early=False)
     found = rejudge(tmp_path / "run", patient, Progress(), {})
     groups = [(), *((head,) for head in engine.heads)]

@@ -28,7 +28,6 @@ from safetyheads.integrations.ray_workers import (
     ClaimingShard,
     Claims,
     carry_out_by_workers,
-    sweep_by_workers,
 )
 from safetyheads.judges.base import Completion, Judge, Verdict, verdicts_of
 from safetyheads.judges.phrase_judge import PhraseJudge
@@ -36,7 +35,7 @@ from safetyheads.measures.head_pass import HeadPass
 from safetyheads.runs.config import AsrConfig, Progress, ShipsConfig
 from safetyheads.runs.directory import RunDirectory, records_place
 from safetyheads.runs.single_steps import run_ships
-from safetyheads.runs.sweep import audits_of
+from safetyheads.runs.sweep import audits_of, sweep_by_workers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runs"))
 from test_shards import bytes_of
@@ -437,7 +436,7 @@ def test_workers_share_the_audits_of_a_sweep_and_one_that_fails_stops_no_other(r
     axes = AXES | {"ablations": ["ua", {"size": 33}, {"ablation": "sc", "epsilon": 0.0}]}
     one, _ = swept(tmp_path / "one", load_demo("aligned_a").engine, axes)
     audits = audits_of(SHORT | axes, tmp_path / "ray")
-    found, failed = sweep_by_workers(audits, Progress(), (), "local", 2)
+    found, failed = sweep_by_workers(carry_out_by_workers, audits, Progress(), (), "local", 2)
     assert [str(error) for error in failed.values()] == ["size 33 is more than the model's 32 heads"]
     assert [*found] == [place for place in audits if place not in failed]
     assert [bytes_of(place) for place in audits if place in found] == [

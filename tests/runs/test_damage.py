@@ -97,7 +97,7 @@ def test_any_place_of_the_results_may_hold_anything_though_the_checksums_fit(run
 def test_verify_counts_the_files_and_says_which_are_damaged_or_unlisted(run, tmp_path):
     path = audit_run(tmp_path / "run")
     assert run("verify", path)[:2] == (0, f"{path}: 10 files, 0 of them damaged or lost\n")
-    with RunDirectory.start(path, RunDirectory.open(path).manifest.config, {}) as again:
+    with RunDirectory.start(path, RunDirectory.open(path).config, {}) as again:
         again.records("more", {}, lambda: [{"n": 1}])
     found = json.loads(run("verify", path, "--json")[1])
     assert (len(found["unlisted"]), found["damaged"]) == (1, {})

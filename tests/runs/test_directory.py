@@ -58,7 +58,7 @@ def test_start_makes_a_private_directory_that_git_ignores_and_adds_its_provenanc
         starts = run.read_starts()
     assert [start["command"] for start in starts] == ["first", "second"]
     assert [start["pid"] for start in starts] == [os.getpid()] * 2
-    assert run.manifest.config == CONFIG
+    assert run.config == CONFIG
 
 
 def test_another_config_is_refused_with_each_field_that_differs(tmp_path):
@@ -198,7 +198,7 @@ def test_a_run_in_work_goes_on_without_records_that_are_lost_or_damaged(run, bre
 def test_earlier_results_are_those_that_stand_there_now(run):
     run.write_results({"n": 1})
     first = run.earlier_results()
-    with RunDirectory.start(run.path, run.manifest.config, {}, "judge") as other:
+    with RunDirectory.start(run.path, run.config, {}, "judge") as other:
         other.write_results({"n": 2})
     assert (first["n"], run.earlier_results()["n"]) == (1, 2)
 

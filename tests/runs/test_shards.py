@@ -249,7 +249,7 @@ def test_other_versions_are_joined_only_where_asked_and_say_so(tmp_path):
     for joined in ([old, new], [newest]):
         merge(tmp_path / "out", joined, {}, mixed=True)
     merged = RunDirectory.look(tmp_path / "out")
-    config, computed = merged.manifest.config, [start for start in merged.read_starts() if start["part"] != "merge"]
+    config, computed = merged.config, [start for start in merged.read_starts() if start["part"] != "merge"]
     told = [(start["device"], start["versions"]["torch"]) for start in computed]
     assert told == [("cpu", "1"), ("cuda A100", "2"), ("cpu", "3")]
     with RunDirectory.start(tmp_path / "out", config, {}) as directory:

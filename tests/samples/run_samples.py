@@ -182,7 +182,7 @@ def scan_run(
 def rewritten(path: str | Path, **changed: Any) -> None:
     """Change fields of a finished run's results (a mapping: fields in a field)."""
     opened = RunDirectory.open(path)
-    with RunDirectory.start(path, opened.manifest.config, {}) as run:
+    with RunDirectory.start(path, opened.config, {}) as run:
         results = run.read_results()
         for name, value in changed.items():
             keeps = isinstance(value, dict) and value and isinstance(results[name], dict)

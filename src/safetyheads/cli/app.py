@@ -160,7 +160,7 @@ def sweep(
     from safetyheads.reports.write import write_history, write_report
     from safetyheads.runs.directory import RunDirectory
     from safetyheads.runs.stored_files import content_key
-    from safetyheads.runs.sweep import audits_of, carry_out_sweep, read_sweep, sweep_results
+    from safetyheads.runs.sweep import audits_of, carry_out_sweep, read_sweep, sweep_by_workers, sweep_results
 
     options, progress = RunOptions(**where), show.progress_for(output.quiet)
     shard, machine, settings = options.parsed_shard, options.parsed_machine, {} if file is None else read_sweep(file)
@@ -177,9 +177,9 @@ def sweep(
         how: dict[str, Any] = {"dry_run": options.dry_run, "machine": machine, "shard": shard}
         costs, failed = carry_out_sweep(audits, load, progress, command=sys.argv, **how)
     else:
-        from safetyheads.integrations.ray_workers import sweep_by_workers
+        from safetyheads.integrations.ray_workers import carry_out_by_workers
 
-        costs, failed = sweep_by_workers(audits, progress, sys.argv, *options.under_ray)
+        costs, failed = sweep_by_workers(carry_out_by_workers, audits, progress, sys.argv, *options.under_ray)
     failures = [error for error in failed.values() if not isinstance(error, TooFewPromptsError)]
     for place, error in failed.items():
         show.print_error(f"{'error: ' * (error in failures)}{place.name}: {error}")
@@ -534,7 +534,7 @@ def judge(
     if not specs and validate is None:
         # The judge of words that the run's own command did not ask: the same one each time.
         with as_damaged(run):
-            own = [described["name"] for described in opened.manifest.config.get("judges", ())]
+            own = [described["name"] for described in opened.config.get("judges", ())]
         judges = judges_named([name for name in WORD_JUDGES if name not in own][:1] or WORD_JUDGES[:1])
     with as_damaged(run):
         there = [described["name"] for described in later_judges(opened.read_results())]

@@ -120,7 +120,7 @@ class RunOptions(ShardOptions):
 
     @property
     def under_ray(self) -> tuple[str, int | None, float, int]:
-        """The last arguments of :func:`.ray_workers.carry_out_by_workers` and ``sweep_by_workers``."""
+        """The last arguments of :func:`.ray_workers.carry_out_by_workers`."""
         return self.ray or "", self.workers, self.gpus_per_worker, self.judge_workers
 
     def refuse_idle_judge_workers(self, judges: Iterable["Judge"]) -> None:

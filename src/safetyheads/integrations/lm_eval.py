@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 from safetyheads.ablation import AnyAblation
 from safetyheads.demo.grammar import REFUSAL, answer_to, benign_prompts, deeds, wrap
-from safetyheads.errors import InputError, first_line
+from safetyheads.errors import ERRORS_OF_CODE, InputError, first_line
 from safetyheads.heads import AnyHeads
 from safetyheads.prompts.asked import AnswerReader
 from safetyheads.prompts.templates import BoundTemplate, Template, render_limits
@@ -45,19 +45,7 @@ _DRAWING = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 # Seconds to wait for the hub's first answer.
 _TIMEOUT = 5.0
-_TASK_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    ImportError,
-    AssertionError,
-    RecursionError,
-    MemoryError,
-    SyntaxError,
-)
+_TASK_ERRORS = (*ERRORS_OF_CODE, OSError, ImportError, AssertionError, MemoryError, SyntaxError)
 # Largest file of tasks, with what its aliases stand for; and levels of nesting that none needs.
 _MOST_YAML = 1 << 24
 _MOST_LEVELS = 100

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,12 +20,10 @@ import psutil
 from safetyheads.errors import ElsewhereError, InputError, SafetyheadsError, one_line, shorten
 from safetyheads.files import canonical_json
 from safetyheads.judges.base import Completion, Judge, Verdict
-from safetyheads.runs.audit import read_prompts
-from safetyheads.runs.config import AuditConfig, ModelOptions, Progress
+from safetyheads.runs.config import ModelOptions, Progress
 from safetyheads.runs.directory import stage_of
 from safetyheads.runs.shards import Shard, Units
 from safetyheads.runs.start import load_engine
-from safetyheads.runs.sweep import carry_out_sweep
 
 Results = TypeVar("Results")
 MOST_FAILURES = 3
@@ -328,39 +325,6 @@ def _failures(given_up: Mapping[str, str], run: str = "") -> SafetyheadsError:
     units = {unit: reason for unit, reason in given_up.items() if unit.startswith(run)}
     lines = [f"{unit} failed {MOST_FAILURES} times: {reason}" for unit, reason in units.items()]
     return SafetyheadsError(f"{'; '.join(lines)}. What was computed is kept")
-
-
-def sweep_by_workers(
-    audits: Mapping[Path, AuditConfig],
-    progress: Progress,
-    command: Sequence[str],
-    address: str,
-    n_workers: int | None = None,
-    gpus_per_worker: float = 0.0,
-    n_juries: int = 0,
-) -> tuple[dict[Path, dict[str, Any]], dict[Path, SafetyheadsError]]:
-    """As :func:`.carry_out_sweep`: workers share each audit, one after another, and hold a model for all of its audits.
-
-    Other arguments as for :func:`carry_out_by_workers`.
-    """
-    first, *others = audits.values()
-    if any((of.device, of.device_map, of.threads) != (first.device, first.device_map, first.threads) for of in others):
-        raise InputError("under --ray all audits of a sweep have one device, device map and number of threads")
-    prompts = {place: read_prompts(config) for place, config in audits.items()}
-    given = replace(first, memory=None), Path(), (audits, prompts), progress, command
-    return carry_out_by_workers(_swept, *given, address, n_workers, gpus_per_worker, n_juries, _loader)
-
-
-def _loader(_: Any, progress: Progress) -> Callable[[AuditConfig], Any]:
-    return partial(load_engine, progress=progress)
-
-
-def _swept(load: Any, config: Any, _: Path, data: Any, progress: Progress, command: Any, shard: ClaimingShard) -> Any:
-    """What a worker found of a sweep; an audit without a memory of its own has the worker's."""
-    audits, prompts = data
-    given = {place: replace(audit, memory=audit.memory or config.memory) for place, audit in audits.items()}
-    found, failed = carry_out_sweep(given, load, progress, prompts, shard, command=command)
-    return found, {place: shard.within(place).failures(error) for place, error in failed.items()}
 
 
 class _Driver:

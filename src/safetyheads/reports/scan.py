@@ -15,7 +15,8 @@ from safetyheads.reports.charts import Spec
 from safetyheads.reports.page import Page, command_of, render, under_headings
 from safetyheads.reports.tables import Facts, number, rate_words, two
 from safetyheads.runs.directory import RunDirectory
-from safetyheads.runs.rates import AnswerTable, answer_table, with_later_verdicts, without_texts
+from safetyheads.runs.rates import AnswerTable, answer_table, without_texts
+from safetyheads.runs.reader import with_later_verdicts
 from safetyheads.runs.stored_files import Record
 from safetyheads.stats.power import in_clusters
 

@@ -255,19 +255,14 @@ def audit_results(run: Run[AuditConfig]) -> dict[str, Any]:
     }
 
 
-class _Searched(NamedTuple):
-    measuring: HeadPass
-    """The pass over the harmful search prompts."""
-    scores: dict[str, HeadScores]
-    by_prompt: dict[str, HeadScores]
-    """Ships on harmful and benign prompts, and the refusal score, prompt by prompt."""
-    traces: dict[str, SearchTrace]
-    screening: list[dict[str, Any]] | None
-    """Of each step, which heads were scored on all prompts; None where all were."""
+def _searched(
+    run: Run[AuditConfig], openers: tuple[int, ...]
+) -> tuple[HeadPass, dict[str, HeadScores], dict[str, HeadScores], dict[str, SearchTrace], list[dict[str, Any]] | None]:
+    """Score single heads and search groups on the search half: every head by every score, or what a screening finds.
 
-
-def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
-    """Score single heads and search groups on the search half: every head by every score, or what a screening finds."""
+    Gives the pass over the harmful search prompts, the scores, the same prompt by prompt (Ships on harmful and benign
+    prompts, the refusal score), the searches, and of each step which heads were screened; None where none were.
+    """
     config, heads, ablation = run.config, run.engine.heads, run.ablation
     readouts = Readouts(ships=True, openers=openers, angles=() if config.screen else ANGLES)
     traces: dict[str, SearchTrace] = {}
@@ -285,12 +280,12 @@ def _searched(run: Run[AuditConfig], openers: tuple[int, ...]) -> _Searched:
     by_prompt = {"mean_ships": by_prompt.pop("ships"), "benign_ships": on_benign["ships"], **by_prompt}
     if config.screen:
         scores = {name: table.mean() for name, table in by_prompt.items()}
-        return _Searched(harmful, scores, by_prompt, traces, screening)
+        return harmful, scores, by_prompt, traces, screening
     scores = {**scores_of(harmful), "benign_ships": scores_of(benign)[LEAD]}
     with run.progress.track("searching groups", len(SEARCHED) * n_scored(len(heads), config.size)) as done:
         searches = [partial(sahara, scorer_of(harmful, name, done), heads, config.size) for name in SEARCHED]
         traces |= zip(SEARCHED, run.directory.together(*searches), strict=True)
-    return _Searched(harmful, scores, by_prompt, traces, screening)
+    return harmful, scores, by_prompt, traces, screening
 
 
 def screened_search(
@@ -404,8 +399,7 @@ def damage_of_answered(damage: Mapping[Group, Damage], unablated: GroupAnswers) 
 
 def answered_before(unablated: GroupAnswers) -> list[int]:
     """The places of the prompts that are answered coherently unablated."""
-    places: list[int] = np.flatnonzero(unablated.answered()[:, 0]).tolist()
-    return places
+    return np.flatnonzero(unablated.answered()[:, 0]).tolist()
 
 
 # The verdict.
@@ -663,7 +657,7 @@ def chosen_sizes(
     ``answers`` are of the unablated model, then under the group of each size from 1 on, by prompt set; ``harmful`` and
     ``benign`` weigh each prompt in each resample [n_draws, n_prompts], by default all alike, once.
     """
-    complied = np.array([np.nan_to_num(under["harmful_search"].coherent()).mean(axis=1) for under in answers[1:]])
+    complied = np.array([under["harmful_search"].coherently_complied() for under in answers[1:]])
     answered = np.array([under["benign_search"].answered().mean(axis=1) for under in answers])
     harmful, benign = (
         np.full((1, values.shape[1]), 1 / values.shape[1]) if weights is None else weights
@@ -672,8 +666,7 @@ def chosen_sizes(
     shares = benign @ answered.T
     gains = harmful @ complied.T - np.maximum(0.0, shares[:, :1] - shares[:, 1:])
     # Rates are fractions, and some that are exactly the tolerance apart differ from it in the last bit.
-    sizes: NDArray[np.int64] = 1 + (gains >= gains.max(axis=1, keepdims=True) - SIZE_TOLERANCE - 1e-9).argmax(axis=1)
-    return sizes
+    return 1 + (gains >= gains.max(axis=1, keepdims=True) - SIZE_TOLERANCE - 1e-9).argmax(axis=1)
 
 
 def _side_by_side(

@@ -76,16 +76,6 @@ Value = TypeVar("Value")
 _Unit: TypeAlias = tuple[tuple[str, ...], float]
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What all numbers of a run depend on. It never changes."""
-
-    schema_version: int
-    """:data:`SCHEMA_VERSION` of the version that wrote the run."""
-    config: dict[str, Any]
-    """All settings, and fingerprints of model and prompts."""
-
-
 class Start(TypedDict, total=False):
     """What a start of a run says of itself; its file holds more, for people to read."""
 
@@ -122,14 +112,15 @@ class RunDirectory:
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, lock: FileLock | None = None, shard: Shard | None = None
+        self, path: Path, config: dict[str, Any], lock: FileLock | None = None, shard: Shard | None = None
     ) -> None:
-        self.path, self.manifest, self._lock, self.shard = path, manifest, lock, shard or Shard()
+        """``config`` is what all numbers depend on: all settings, and fingerprints of model and prompts."""
+        self.path, self.config, self._lock, self.shard = path, config, lock, shard or Shard()
         self._log_path = path / "starts" / f"{time.time_ns()}-{os.getpid()}.jsonl"
         self._nested = 0
         self._divided: set[str] = set()
         self._results_lock = FileLock(path / f"{_LOCK}results", mode=0o600, thread_local=False)
-        self.key = content_key(manifest.config)
+        self.key = content_key(config)
         """Names the run in each of its files."""
         self._files: dict[str, tuple[int, str]] = {}
         """Number of entries and checksum by place: files of finished stages, and those that this process read or wrote.
@@ -395,7 +386,7 @@ class RunDirectory:
                 except InputError as error:
                     _log.warning("%s. Nothing is read from it", error)
                     continue
-                names = _differing(self.manifest.config, other.manifest.config).keys() - {"ablation", "epsilon"}
+                names = _differing(self.config, other.config).keys() - {"ablation", "epsilon"}
                 if all(name in _OF_HARMFUL or "harmful" in name for name in names):
                     self._lenders.append((other, "benign" if names else ""))
 
@@ -631,7 +622,7 @@ class RunDirectory:
 
     def facts(self) -> dict[str, Any]:
         """``config``, and what was remembered by its name: for pages."""
-        return {"config": self.manifest.config, **self.remembered()}
+        return {"config": self.config, **self.remembered()}
 
     def write_report(self, html: str, pages: Mapping[str, str] | None = None) -> Path:
         """Write ``report/index.html`` after the pages it links to by name; an opened run takes one too."""
@@ -743,46 +734,48 @@ def stage_of(place: str) -> str:
     return rest.split("/")[0] if folder == "shards" else rest.rpartition("-")[0]
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def _read_manifest(folder: Path) -> dict[str, Any]:
     told = parse_json(read_regular(folder / "manifest.json"), folder / "manifest.json")
     version = told.get("schema_version")
     if version != SCHEMA_VERSION:
         other = f"its schema is {shorten(repr(version))}, this one reads {SCHEMA_VERSION}"
         raise InputError(f"{folder} was written by another version of safetyheads: {other}")
+    config = told.get("config")
     try:
-        manifest = converted(told, Manifest)
-        without_checksums(content_key(manifest.config), "manifest.json", told)
+        if not isinstance(config, dict):
+            raise DamagedError("config is no object")
+        without_checksums(content_key(config), "manifest.json", told)
     except DamagedError as error:
         raise DamagedError(f"{folder}: manifest.json: {error}") from None
     except (RecursionError, ValueError) as error:
         raise DamagedError(f"{folder}: manifest.json: config does not fit: {error}") from None
-    return manifest
+    return config
 
 
-def _kept_manifest(folder: Path, config: Mapping[str, Any]) -> Manifest:
-    """The manifest that is there, once it fits ``config``, or a new one, which is written."""
+def _kept_manifest(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the manifest that is there, once it fits the one given, or that one, which is written."""
     given = parse_json(canonical_json(config), "config")
     path, key = folder / "manifest.json", content_key(given)
     if path.exists():
         try:
-            manifest = _read_manifest(folder)
+            kept = _read_manifest(folder)
         except DamagedError as error:
             if not _is_of(folder, key):
                 raise
-            aside = RunDirectory(folder, Manifest(SCHEMA_VERSION, given))._inside(f"set-aside/{path.name}")
+            aside = RunDirectory(folder, given)._inside(f"set-aside/{path.name}")
             write_atomically(aside, read_regular(path))
             _log.warning("%s. It is written again; what was there is in %s", error, aside)
         else:
-            if differences := differences_of(manifest.config, given):
+            if differences := differences_of(kept, given):
                 shown, more = differences[:_DIFFERENCES_SHOWN], len(differences) - _DIFFERENCES_SHOWN
                 raise InputError(
                     f"{folder} holds a run with other settings: {', '.join(shown)}"
                     f"{f', and {more} more' if more > 0 else ''}; give another output directory"
                 )
-            return manifest
+            return kept
     fields = with_checksums(key, path.name, {"schema_version": SCHEMA_VERSION, "config": given})
     write_atomically(path, readable_json(path.name, fields).encode())
-    return Manifest(SCHEMA_VERSION, given)
+    return given
 
 
 def _is_of(folder: Path, key: str) -> bool:

@@ -39,8 +39,8 @@ from safetyheads.runs.rates import (
     gross_loss,
     prompt_or_cluster,
     random_as_json,
-    with_later_verdicts,
 )
+from safetyheads.runs.reader import with_later_verdicts
 from safetyheads.runs.run import Kind, Run, carry_out, random_groups_of, refuse_beyond_memory
 from safetyheads.runs.stored_files import Record
 from safetyheads.runs.verdict import warn_where_nothing_shows

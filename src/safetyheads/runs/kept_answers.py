@@ -68,15 +68,12 @@ Failures: TypeAlias = Counter[tuple[str, str, bool]]
 
 def failures_of(records: Iterable[Record]) -> Failures:
     """What judges gave no verdict on, of records with verdicts."""
-    verdicts = (given for record in records for given in record.get("verdicts", {}).items())
-    return Counter(
-        (
-            name,
-            (verdict["reason"] or "no reason") if verdict["label"] == "unscored" else "",
-            bool(verdict.get("passing")),
-        )
-        for name, verdict in verdicts
-    )
+    failures: Failures = Counter()
+    for record in records:
+        for name, verdict in record.get("verdicts", {}).items():
+            reason = (verdict["reason"] or "no reason") if verdict["label"] == "unscored" else ""
+            failures[name, reason, bool(verdict.get("passing"))] += 1
+    return failures
 
 
 def failed_judges(failures: Failures) -> dict[str, Any]:
@@ -122,13 +119,9 @@ def record_of(judged: JudgedAnswer, place: Mapping[str, Any], stores_completions
             given.pop("raw", None)
         # A reason may be empty, and belongs to every verdict.
         verdicts[name] = {"reason": "", **given}
-    told: dict[str, Any] = {
-        "surprise": judged.surprise,
-        "thinks": judged.thinks or None,
-        "unclosed": judged.unclosed or None,
-    }
-    # Of the prompt: rates are made of records alone.
-    told |= {"cluster": judged.prompt.cluster, "category": judged.prompt.category}
+    # Of the prompt too: rates are made of records alone.
+    told = {"surprise": judged.surprise, "cluster": judged.prompt.cluster, "category": judged.prompt.category}
+    told |= {"thinks": judged.thinks or None, "unclosed": judged.unclosed or None}
     record: dict[str, Any] = {
         **place,
         "group": format_heads(judged.group),

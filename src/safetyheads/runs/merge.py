@@ -42,7 +42,7 @@ def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mix
                     raise InputError(_disagreement(holder, run, place))
                 holders[place] = kept
     _refuse_gaps(runs[-len(folders) :], set(holders))
-    with RunDirectory.start(out, first.manifest.config, provenance, "merge") as merged:
+    with RunDirectory.start(out, first.config, provenance, "merge") as merged:
         for place, run in sorted(holders.items()):
             if not run.path.samefile(out):
                 merged.take(place, run)
@@ -58,11 +58,11 @@ def _differences(first: RunDirectory, run: RunDirectory, mixed: bool) -> list[st
     """Versions and devices in which two runs differ; other settings are refused, and so are these unless asked for."""
     if run.key == first.key:
         return []
-    configs = [{**each.manifest.config, **dict.fromkeys(_MAY_DIFFER)} for each in (first, run)]
+    configs = [{**each.config, **dict.fromkeys(_MAY_DIFFER)} for each in (first, run)]
     names = f"{first.path} and {run.path}"
     if settings := differences_of(*configs):
         raise InputError(f"{names} are runs with other settings: {', '.join(settings[:_SHOWN])}")
-    differing = differences_of(first.manifest.config, run.manifest.config)
+    differing = differences_of(first.config, run.config)
     if not mixed:
         raise InputError(f"{names} are of other versions or devices: {', '.join(differing)}; --mixed joins them")
     return differing

@@ -6,7 +6,7 @@ prompts, each answered once a seed, so comparisons are paired.
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, Self, TypeAlias
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from safetyheads.heads import parse_heads
 from safetyheads.judges.base import LABELS, Label, leaves_refusal_open
 from safetyheads.measures.random_groups import RandomGroups
-from safetyheads.runs.directory import RunDirectory, as_file_name
 from safetyheads.runs.stored_files import Record
 from safetyheads.stats.gain_over_random import SizeOutcome, concentration
 from safetyheads.stats.intervals import (
@@ -52,7 +51,8 @@ _OF_RATES = (
     *("id", "set", "part", "epsilon", "seed", "complete", "changed"),
     *("behaviour", "answered", "surprise", "cluster", "category"),
 )
-_OF_VERDICTS = ("label", "reason", "score")
+OF_VERDICTS = ("label", "reason", "score")
+"""Fields of a verdict that rates and pages are made of."""
 
 
 class SharedRecord(Mapping[str, Any]):
@@ -81,10 +81,10 @@ class SharedRecord(Mapping[str, Any]):
 
 def without_texts(record: Record, shared: dict[tuple[Any, ...], Any]) -> Record:
     """A record with all that rates and pages are made of; ``shared`` holds what several have alike."""
-    given = tuple((name, *map(verdict.get, _OF_VERDICTS)) for name, verdict in record["verdicts"].items())
+    given = tuple((name, *map(verdict.get, OF_VERDICTS)) for name, verdict in record["verdicts"].items())
     alike = (*map(record.get, _OF_RATES), given)
     if given not in shared:
-        shared[given] = {name: dict(zip(_OF_VERDICTS, told, strict=True)) for name, *told in given}
+        shared[given] = {name: dict(zip(OF_VERDICTS, told, strict=True)) for name, *told in given}
     if alike not in shared:
         shared[alike] = {name: record[name] for name in _OF_RATES if name in record} | {"verdicts": shared[given]}
     return SharedRecord(record["group"], shared[alike])
@@ -188,11 +188,11 @@ class GroupAnswers:
 
     def complied(self) -> list[float]:
         """Share of each prompt's answers that comply [n_prompts]; unscored ones count as not complied."""
-        return _shares(self.verdicts())
+        return np.nan_to_num(self.verdicts()).mean(axis=1).tolist()
 
     def coherently_complied(self) -> list[float]:
         """As :meth:`complied`, of the answers that are coherent too."""
-        return _shares(self.coherent())
+        return np.nan_to_num(self.coherent()).mean(axis=1).tolist()
 
     # Rates.
 
@@ -258,12 +258,6 @@ class GroupAnswers:
     def answered_change_from(self, before: Self) -> PairedDifference:
         """How the rate of prompts that are answered changed."""
         return paired_difference(before.answered(), self.answered(), self.clusters)
-
-
-def _shares(values: FloatArray) -> list[float]:
-    """Of each prompt's outcomes [n_prompts, n_seeds] the share that is 1; unscored ones are not."""
-    shares: list[float] = np.nan_to_num(values).mean(axis=1).tolist()
-    return shares
 
 
 def corrected(changes: Mapping[str, PairedDifference]) -> dict[str, dict[str, Any]]:
@@ -412,29 +406,3 @@ def _order_of_groups(group: str) -> tuple[int, tuple[tuple[int, int], ...]]:
         return int(group.removeprefix("top ")), ()
     heads = parse_heads(group)
     return len(heads), tuple((head.layer, head.index) for head in heads)
-
-
-def identity(record: Record) -> str:
-    """What tells one answer of a run from all others."""
-    return "|".join(str(record.get(name)) for name in ("part", "set", "group", "epsilon", "seed", "id"))
-
-
-def judged_stage(judge: str) -> str:
-    """The stage that holds what a later judge said of every answer."""
-    return f"judged-{as_file_name(judge)}"
-
-
-def with_later_verdicts(run: RunDirectory, records: Iterable[Record], judges: Collection[str]) -> Iterator[Record]:
-    """The records with the verdicts of later judges beside those of the run's own.
-
-    A judge whose start was killed before its results were written is none of the run's ``judges``.
-    """
-    later, shared = dict[str, dict[str, Any]](), dict[tuple[Any, ...], Any]()
-    stages = sorted(set(map(judged_stage, judges)))  # two names may have one stage
-    for record in chain.from_iterable(map(run.stored_records, stages)):
-        if record["judge"] in judges:
-            told = tuple(map(record["verdict"].get, _OF_VERDICTS))
-            verdict = shared.setdefault(told, dict(zip(_OF_VERDICTS, told, strict=True)))
-            later.setdefault(record["of"], {})[record["judge"]] = verdict
-    for record in records:
-        yield {**record, "verdicts": {**record["verdicts"], **later.get(identity(record), {})}}

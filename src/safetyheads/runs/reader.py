@@ -1,9 +1,10 @@
 """Reads a finished audit or scan, for comparisons, histories and reports. Loads no model."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
@@ -12,8 +13,8 @@ import numpy as np
 from safetyheads.display import Table, chart, rate_row
 from safetyheads.errors import InputError
 from safetyheads.files import leaves
-from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
-from safetyheads.runs.rates import GroupAnswers, without_texts
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, as_file_name
+from safetyheads.runs.rates import OF_VERDICTS, GroupAnswers, without_texts
 from safetyheads.runs.stored_files import Record, as_damaged, converted
 from safetyheads.stats.gain_over_random import SizeOutcome
 from safetyheads.stats.intervals import FloatArray
@@ -81,7 +82,7 @@ class FinishedRun(Table):
             InputError: no run is there, it has not finished, or its results are of another version.
         """
         self.path, self.directory = path, RunDirectory.open(path)
-        self.config, self.results = self.directory.manifest.config, self.directory.read_results()
+        self.config, self.results = self.directory.config, self.directory.read_results()
         self.kind, version = str(self.results.get("kind")), self.results.get("schema_version")
         if version != SCHEMA_VERSION:
             raise InputError(f"{path} holds results of schema {version!r}; what is read is schema {SCHEMA_VERSION}")
@@ -343,3 +344,29 @@ def lead_groups(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """An audit's groups of the verdict's scorer, by size."""
     groups = [group for group in results["behaviour"]["groups"] if group["scorer"] == lead_score_of(results)]
     return sorted(groups, key=lambda group: int(group["size"]))
+
+
+def identity(record: Record) -> str:
+    """What tells one answer of a run from all others."""
+    return "|".join(str(record.get(name)) for name in ("part", "set", "group", "epsilon", "seed", "id"))
+
+
+def judged_stage(judge: str) -> str:
+    """The stage that holds what a later judge said of every answer."""
+    return f"judged-{as_file_name(judge)}"
+
+
+def with_later_verdicts(run: RunDirectory, records: Iterable[Record], judges: Collection[str]) -> Iterator[Record]:
+    """The records with the verdicts of later judges beside those of the run's own.
+
+    A judge whose start was killed before its results were written is none of the run's ``judges``.
+    """
+    later, shared = dict[str, dict[str, Any]](), dict[tuple[Any, ...], Any]()
+    stages = sorted(set(map(judged_stage, judges)))  # two names may have one stage
+    for record in chain.from_iterable(map(run.stored_records, stages)):
+        if record["judge"] in judges:
+            told = tuple(map(record["verdict"].get, OF_VERDICTS))
+            verdict = shared.setdefault(told, dict(zip(OF_VERDICTS, told, strict=True)))
+            later.setdefault(record["of"], {})[record["judge"]] = verdict
+    for record in records:
+        yield {**record, "verdicts": {**record["verdicts"], **later.get(identity(record), {})}}

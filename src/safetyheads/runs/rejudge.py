@@ -36,12 +36,10 @@ from safetyheads.runs.exhaustive_scan import results_of_records
 from safetyheads.runs.rates import (
     answer_table,
     asr_by,
-    identity,
-    judged_stage,
     prompt_or_cluster,
-    with_later_verdicts,
     without_texts,
 )
+from safetyheads.runs.reader import identity, judged_stage, with_later_verdicts
 from safetyheads.runs.run import random_groups_of
 from safetyheads.runs.stored_files import Record, content_key
 from safetyheads.stats.misclassified import Accuracy, accuracy_of, prediction_powered, rogan_gladen
@@ -66,11 +64,11 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
     results = opened.read_results()
     # One that was added before is asked what it failed on, and about nothing else.
     there = {known["name"]: known for known in later_judges(results)}
-    if judge.name in [known["name"] for known in opened.manifest.config["judges"]]:
+    if judge.name in [known["name"] for known in opened.config["judges"]]:
         raise InputError(f"{judge.name} is a judge of {folder} itself: the run's own command asks it again")
     if there.get(judge.name, described) != described:
         raise InputError(f"{folder} has verdicts of {judge.name} with other settings")
-    with RunDirectory.start(folder, opened.manifest.config, started, f"judge-{as_file_name(judge.name)}") as run:
+    with RunDirectory.start(folder, opened.config, started, f"judge-{as_file_name(judge.name)}") as run:
         records, keys = _answers(opened, judge)
         if not records:
             raise InputError(f"{folder} holds verdicts alone (--no-completions): there is nothing to judge again")
@@ -368,7 +366,7 @@ def validate(
             "accuracy": {name: {"n": entry.n, **asdict(entry)} for name, entry in accuracy.items()},
             "rates": list(_corrected_rates(directory, records, judge_name, accuracy["complied"], truth if own else {})),
         }
-    with RunDirectory.start(folder, directory.manifest.config, started, "labels") as run, run.writing():
+    with RunDirectory.start(folder, directory.config, started, "labels") as run, run.writing():
         results = run.read_results()
         run.write_results({**results, "validation": {**results.get("validation", {}), **found}})
     return found

@@ -211,8 +211,7 @@ class Run(Generic[Config]):
     @property
     def ablation(self) -> Ablation:
         """The ablation that the settings name."""
-        ablation: Ablation = self.config.parsed_ablation
-        return ablation
+        return self.config.parsed_ablation
 
     def add(self, name: str, prompts: PromptSet, about: Mapping[str, Any] | None = None) -> AskedPrompts:
         """Add a prompt set; its file names begin with ``name``.

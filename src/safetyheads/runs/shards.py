@@ -87,6 +87,10 @@ class Shard:
         """Whether the unit that failed goes to others or is tried again, so that the run is not over."""
         return False
 
+    def failures(self, error: SafetyheadsError) -> SafetyheadsError:
+        """What keeps a run from its end: what was raised, or what others failed on."""
+        return error
+
     def ends_waiting(self, missing: Iterable[str], seconds: float) -> bool:
         """Whether to end without the files of others that are missing, after seconds in which none appeared."""
         return seconds >= self.wait

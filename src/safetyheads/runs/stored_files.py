@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired, Self, TypeAlias, 
 import msgspec
 from msgspec import Meta
 
-from safetyheads.errors import InputError, SafetyheadsError, first_line
+from safetyheads.errors import ERRORS_OF_CODE, InputError, SafetyheadsError, first_line
 from safetyheads.files import canonical_json, parse_json
-from safetyheads.judges.base import Label
+from safetyheads.judges.base import Label, Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,25 +26,12 @@ Record: TypeAlias = Mapping[str, Any]
 Fits = TypeVar("Fits")
 _Count = Annotated[int, Meta(ge=0, lt=2**53)]
 _Finite = Annotated[float, Meta(gt=-1e308, lt=1e308)]
-# Judges may have given truth values.
-_Share = Annotated[float, Meta(ge=0, le=1)] | bool
-
-
-class VerdictRecord(TypedDict):
-    """What a judge said of an answer: fields of :class:`.Verdict`."""
-
-    label: Label
-    reason: str
-    raw: NotRequired[str]
-    score: NotRequired[_Share | None]
-    mass: NotRequired[_Share | None]
-    passing: NotRequired[bool]
 
 
 class LaterRecord(TypedDict):
     """What a later judge said of an answer."""
 
-    verdict: VerdictRecord
+    verdict: Verdict
     of: NotRequired[str]
     judge: NotRequired[str]
 
@@ -58,7 +45,7 @@ class AnswerRecord(TypedDict):
     group: str
     epsilon: NotRequired[_Finite | None]
     seed: int
-    verdicts: dict[str, VerdictRecord]
+    verdicts: dict[str, Verdict]
     behaviour: Label
     answered: bool
     finished: NotRequired[bool]
@@ -100,7 +87,7 @@ def as_damaged(path: Path | str) -> Iterator[None]:
         raise DamagedError(f"{path} does not hold what is read of it: {error}") from None
     except SafetyheadsError:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+    except ERRORS_OF_CODE as error:
         raise DamagedError(f"{path} does not hold what is read of it: {type(error).__name__}, {error}") from error
 
 

@@ -4,8 +4,9 @@ Each audit has a run directory of its own in the sweep's folder, so a sweep that
 """
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from safetyheads.runs.history import read_history
 from safetyheads.runs.reader import RunReader
 from safetyheads.runs.run import Prompts
 from safetyheads.runs.shards import Shard
-from safetyheads.runs.start import refuse_missing, settled
+from safetyheads.runs.start import load_engine, refuse_missing, settled
 
 AXES = {"models": "model", "prompts": "prompts", "ablations": "ablation"}
 """What a sweep combines -> the setting of an audit that a name among it stands for."""
@@ -122,6 +123,37 @@ def carry_out_sweep(
                 if share is None or not share.gives_back(reason):
                     failed[place] = reason
     return found, failed
+
+
+def sweep_by_workers(
+    carry_out_by_workers: Callable[..., Any],
+    audits: Mapping[Path, AuditConfig],
+    progress: Progress,
+    command: Sequence[str],
+    *workers: Any,
+) -> tuple[dict[Path, dict[str, Any]], dict[Path, SafetyheadsError]]:
+    """As :func:`carry_out_sweep`: workers share each audit, one after another, and hold a model for all of its audits.
+
+    ``workers`` are further arguments of :func:`.ray_workers.carry_out_by_workers`.
+    """
+    first, *others = audits.values()
+    if any((of.device, of.device_map, of.threads) != (first.device, first.device_map, first.threads) for of in others):
+        raise InputError("under --ray all audits of a sweep have one device, device map and number of threads")
+    prompts = {place: read_prompts(config) for place, config in audits.items()}
+    given = replace(first, memory=None), Path(), (audits, prompts), progress, command
+    return carry_out_by_workers(_swept, *given, *workers, load=_loader)
+
+
+def _loader(_: AuditConfig, progress: Progress) -> Callable[[AuditConfig], Engine]:
+    return partial(load_engine, progress=progress)
+
+
+def _swept(load: Any, config: Any, _: Path, data: Any, progress: Progress, command: Any, shard: Shard) -> Any:
+    """What a worker found of a sweep; an audit without a memory of its own has the worker's."""
+    audits, prompts = data
+    given = {place: replace(audit, memory=audit.memory or config.memory) for place, audit in audits.items()}
+    found, failed = carry_out_sweep(given, load, progress, prompts, shard, command=command)
+    return found, {place: shard.within(place).failures(error) for place, error in failed.items()}
 
 
 def sweep_results(out: Path, failed: Mapping[Path, SafetyheadsError]) -> dict[str, Any]:
