@@ -292,16 +292,12 @@ def _frame(model: str, kind: str) -> dict[str, Any]:
     return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
-def _reason(chat: Chat) -> str:
-    return "stop" if chat.finished else "length"
-
-
 def _completion(chats: Sequence[Chat], model: str) -> dict[str, Any]:
     choices = [
         {
             "index": index,
             "message": {"role": "assistant", "content": chat.text},
-            "finish_reason": _reason(chat),
+            "finish_reason": "stop" if chat.finished else "length",
             "logprobs": None,
         }
         for index, chat in enumerate(chats)
@@ -314,7 +310,7 @@ def _completion(chats: Sequence[Chat], model: str) -> dict[str, Any]:
 def _events(chat: Chat, model: str) -> str:
     """The answer as a stream's events, in one piece."""
     frame, message = _frame(model, "chat.completion.chunk"), {"role": "assistant", "content": chat.text}
-    deltas: list[tuple[dict[str, str], str | None]] = [(message, None), ({}, _reason(chat))]
+    deltas = [(message, None), ({}, "stop" if chat.finished else "length")]
     choices = [{"index": 0, "delta": delta, "finish_reason": reason} for delta, reason in deltas]
     events = [json.dumps({**frame, "choices": [choice]}) for choice in choices]
     return "".join(f"data: {event}\n\n" for event in (*events, "[DONE]"))

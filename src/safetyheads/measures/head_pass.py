@@ -115,15 +115,14 @@ class Readouts:
     """The token that follows each wanted one of each sequence, whose log-probability is read; empty reads none."""
 
 
+Values: TypeAlias = Mapping[str, Tensor]
+"""Results of a pass, by name."""
+
+
 class Keep:
     """Where a pass keeps its results: nowhere. A run keeps them in its directory, and may share the work."""
 
-    def kept(
-        self,
-        fields: Mapping[str, Any],
-        compute: Callable[[], dict[str, Tensor]],
-        fits: Callable[[Mapping[str, Tensor]], bool],
-    ) -> dict[str, Tensor]:
+    def kept(self, fields: Mapping[str, Any], compute: Callable[[], Values], fits: Callable[[Values], bool]) -> Values:
         """The result that ``fields`` determine: read from a store, if it ``fits``, or computed."""
         return compute()
 
@@ -206,7 +205,7 @@ class HeadPass:
                 capture.drop_before(start)
             return self.engine.replayed(captures, chosen, self.ablation, start)
 
-        def read(indices: Sequence[int], start: int) -> dict[str, Tensor] | None:
+        def read(indices: Sequence[int], start: int) -> Values | None:
             """The readouts of one batch; None where it does not fit the memory.
 
             The store remembers that it did not, so a resumed run halves it again even where it would fit now: other
@@ -222,7 +221,7 @@ class HeadPass:
             values_by_name = self._keep.kept(fields_of(indices), compute, partial(self._fits, len(chosen)))
             return None if _HALVED in values_by_name else values_by_name
 
-        def parts_of(batch: Sequence[int], start: int) -> list[tuple[Sequence[int], dict[str, Tensor]]]:
+        def parts_of(batch: Sequence[int], start: int) -> list[tuple[Sequence[int], Values]]:
             return list(halving(batch, partial(read, start=start)))
 
         results: dict[str, Tensor] = {}
@@ -239,7 +238,7 @@ class HeadPass:
                     on_groups(len(indices))
         return results
 
-    def _fits(self, n_groups: int, values_by_name: Mapping[str, Tensor]) -> bool:
+    def _fits(self, n_groups: int, values_by_name: Values) -> bool:
         """Whether stored values are of the names, types and shapes that reading gives."""
         if values_by_name.keys() == {_HALVED}:
             return n_groups > 1

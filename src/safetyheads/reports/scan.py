@@ -233,8 +233,9 @@ def _judge_tables(
         for judge in judges:
             states = {words: found for words, found in answered.items() if found is not None}
             for words, answers in states.items():
-                unscored = f"{answers.labels(judge)['unscored']}/{len(answers.flat())}"
-                rows.append({"judge": judge, "state": words, "rates": answers.rates(judge), "unscored": unscored})
+                rates = answers.rates(judge)
+                unscored = f"{rates['asr']['unscored']}/{len(answers.flat())}"
+                rows.append({"judge": judge, "state": words, "rates": rates, "unscored": unscored})
             given = [[row["verdicts"][judge] for row in answers.flat()] for answers in states.values()]
             counts = [Counter((verdict["label"], verdict["reason"]) for verdict in verdicts) for verdicts in given]
             total = sum(counts, Counter[tuple[str, str]]())

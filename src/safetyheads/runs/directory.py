@@ -351,11 +351,6 @@ class RunDirectory:
 
     # Joining the directories of shards.
 
-    def checksum(self, place: str) -> str:
-        """Of the content of a stored part, which fits what it says."""
-        self.read(place)
-        return self._files[place][1]
-
     def take(self, place: str, other: Self) -> None:
         """Copy a stored part of another run; of a run of other versions it is written as one of this run."""
         if other.key == self.key:

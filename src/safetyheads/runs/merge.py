@@ -34,9 +34,8 @@ def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mix
     for run in runs:
         run.load_stages()
         for place in run.places():
-            holder = holders.setdefault(place, run)
-            told, other = run.checksum(place), holder.checksum(place)
-            if (told != other or run.key != holder.key) and _content(run, place) != _content(holder, place):
+            holder, content = holders.setdefault(place, run), _content(run, place)
+            if holder is not run and content != _content(holder, place):
                 kept = _kept(holder, run, place) if mixed else None
                 if kept is None:
                     raise InputError(_disagreement(holder, run, place))

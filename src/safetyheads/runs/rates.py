@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from safetyheads.heads import parse_heads
-from safetyheads.judges.base import LABELS, Label, leaves_refusal_open
+from safetyheads.judges.base import Label, leaves_refusal_open
 from safetyheads.measures.random_groups import RandomGroups
 from safetyheads.runs.stored_files import Record
 from safetyheads.stats.gain_over_random import SizeOutcome, concentration
@@ -233,11 +233,6 @@ class GroupAnswers:
         """The share of outcomes [n_prompts, n_seeds] that are 1, of all prompts or of some, as JSON."""
         of = np.ones(len(values), bool) if of is None else of
         return rate_as_json(values[of], None if self.clusters is None else np.array(self.clusters)[of].tolist())
-
-    def labels(self, judge: str | None = None) -> dict[str, int]:
-        """How often a judge gave each label."""
-        counts = Counter(record["verdicts"][judge or self.lead]["label"] for record in self.flat())
-        return {label: counts[label] for label in LABELS}
 
     def reasons(self, with_details: bool = True) -> dict[str, int]:
         """How often each reason was given, most frequent first; details stand in parentheses."""

@@ -44,7 +44,7 @@ from safetyheads.judges.base import Judge, Verdict
 from safetyheads.judges.endpoint import count_requests_in
 from safetyheads.judges.named import WORD_JUDGES, default_judge_name, judges_named
 from safetyheads.judges.phrase_judge import PhraseJudge
-from safetyheads.measures.head_pass import HeadPass, Keep, Readouts, Score, Value
+from safetyheads.measures.head_pass import HeadPass, Keep, Readouts, Score, Value, Values
 from safetyheads.measures.random_groups import RandomGroups, random_groups
 from safetyheads.measures.scorers import OPENER_TOKENS, Opener, answer_sequences, openers_of, scorer_of
 from safetyheads.measures.screening import ScorerOn
@@ -155,19 +155,12 @@ class _KeptPass(Keep):
     def __init__(self, directory: RunDirectory, stage: str, about: Mapping[str, Any]) -> None:
         self.directory, self.stage, self.about = directory, stage, about
 
-    def kept(
-        self,
-        fields: Mapping[str, Any],
-        compute: Callable[[], dict[str, Tensor]],
-        fits: Callable[[Mapping[str, Tensor]], bool],
-    ) -> dict[str, Tensor]:
+    def kept(self, fields: Mapping[str, Any], compute: Callable[[], Values], fits: Callable[[Values], bool]) -> Values:
         return self.directory.tensors(self.stage, {**self.about, **fields}, compute, fits)
 
     def divide(self, units: Sequence[tuple[Mapping[str, Any], float]]) -> None:
-        of_files: dict[tuple[str, ...], float] = {}
-        for fields, cost in units:
-            of_files[(tensors_place(self.stage, {**self.about, **fields}),)] = cost
-        self.directory.divide(self.stage, of_files)
+        places = (((tensors_place(self.stage, {**self.about, **fields}),), cost) for fields, cost in units)
+        self.directory.divide(self.stage, dict(places))
 
     def each(self, tasks: Sequence[Callable[[], Value]]) -> Iterable[tuple[int, Value]]:
         return self.directory.each(tasks)
