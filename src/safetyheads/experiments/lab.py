@@ -35,7 +35,7 @@ from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
-from safetyheads.runs.kept_answers import KeptAnswers, failed_judges, failures_of, has_failed
+from safetyheads.runs.kept_answers import KeptAnswers, failed_judges, has_failed
 from safetyheads.runs.provenance import canonical_name, fingerprint, references_sha256, versions
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.run import Run, run_directory
@@ -357,7 +357,7 @@ def reproduce(
             run.together(partial(task, *numbered))
             if run.shard.alone:
                 _write(run, config, left_out)
-        _write(run, config, left_out, failed_judges(failures_of(run.stored_records())))
+        _write(run, config, left_out, failed_judges(run.stored_records()))
         return run.read_results()
 
 

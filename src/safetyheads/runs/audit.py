@@ -52,7 +52,6 @@ from safetyheads.runs.run import (
 )
 from safetyheads.runs.verdict import (
     Evidence,
-    before_ablation,
     evidence_of,
     settled,
     too_few_prompts,
@@ -436,12 +435,9 @@ def audit_verdict(
 
 def early_verdict(vanilla: Mapping[str, GroupAnswers], thresholds: Thresholds) -> dict[str, Any] | None:
     """The verdict that the unablated answers settle, as results hold it; None where a group can be measured."""
-    evidence = _evidence(vanilla, vanilla, (), ())
-    if before_ablation(evidence, thresholds) is None:
-        return None
-    verdict = unablated_verdict(evidence, thresholds)
+    verdict = unablated_verdict(_evidence(vanilla, vanilla, (), ()), thresholds)
     nothing: dict[str, Any] = {"heads": [], "size": 0, "scorer": LEAD, "stopped_early": True}
-    return asdict(verdict) | nothing
+    return None if verdict is None else asdict(verdict) | nothing
 
 
 # Results.
@@ -449,10 +445,10 @@ def early_verdict(vanilla: Mapping[str, GroupAnswers], thresholds: Thresholds) -
 
 def _halves(search: PromptSet, test: PromptSet) -> dict[str, Any]:
     both = hashlib.sha256((search.sha256 + test.sha256).encode()).hexdigest()
-    sizes = {"n_search": len(search), "n_test": len(test)}
     return {
         "name": search.name.removesuffix("/search"),
-        **sizes,
+        "n_search": len(search),
+        "n_test": len(test),
         "sha256": both,
         "search": search.facts(),
         "test": test.facts(),

@@ -62,22 +62,14 @@ def has_failed(record: Record) -> bool:
     return any(verdict.get("passing") for verdict in record.get("verdicts", {}).values())
 
 
-Failures: TypeAlias = Counter[tuple[str, str, bool]]
-"""Answers by judge, the reason why it gave no verdict (empty where it gave one), and whether that reason passes."""
-
-
-def failures_of(records: Iterable[Record]) -> Failures:
-    """What judges gave no verdict on, of records with verdicts."""
-    failures: Failures = Counter()
+def failed_judges(records: Iterable[Record]) -> dict[str, Any]:
+    """Judges that failed for passing reasons, and those that gave no verdict at all, as results hold it."""
+    # Answers by judge, the reason why it gave no verdict (empty where it gave one), and whether that reason passes.
+    failures: Counter[tuple[str, str, bool]] = Counter()
     for record in records:
         for name, verdict in record.get("verdicts", {}).items():
             reason = (verdict["reason"] or "no reason") if verdict["label"] == "unscored" else ""
             failures[name, reason, bool(verdict.get("passing"))] += 1
-    return failures
-
-
-def failed_judges(failures: Failures) -> dict[str, Any]:
-    """Judges that failed for passing reasons, and those that gave no verdict at all, as results hold it."""
     failed: dict[str, Any] = {}
     for name in sorted({name for name, _, _ in failures}):
         counts = {key[1:]: count for key, count in sorted(failures.items()) if key[0] == name}
@@ -203,8 +195,6 @@ class KeptAnswers:
         """
         self.holds_texts = True
         """Whether records of ablated answers have texts in memory, which those of a large scan would fill."""
-        self.failures: dict[str, Failures] = {}
-        """What judges failed on, by file: one may be read several times."""
         self._shared: dict[tuple[Any, ...], Any] = {}
         self.name, self.judging, self.decoding = name, judging, decoding
         self.directory, self.progress, self.stores_completions = directory, progress, stores_completions
@@ -534,9 +524,7 @@ class KeptAnswers:
                 for record in records
             ]
 
-        records = self.directory.records(stage, fields, compute, mend, has_failed, fits)
-        self.failures[records_place(stage, fields)] = failures_of(records)
-        return records
+        return self.directory.records(stage, fields, compute, mend, has_failed, fits)
 
     def _unablated_surprises(self) -> dict[AnswerKey, float]:
         """How surprising the unablated answers are; they are known from here on."""

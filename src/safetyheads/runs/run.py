@@ -457,13 +457,6 @@ class Run(Generic[Config]):
             judge.name: sum(judging.seconds[judge.name] for judging in self._judging.values()) for judge in self.judges
         }
 
-    def failed_judges(self) -> dict[str, Any]:
-        """What judges failed on, as results hold it; empty where they failed on nothing."""
-        by_file = {
-            place: failures for answers in self._answers.values() for place, failures in answers.failures.items()
-        }
-        return failed_judges(sum(by_file.values(), Counter()))
-
     @property
     def economy(self) -> Economy:
         """What all answers cost, in this process and earlier ones."""
@@ -659,9 +652,6 @@ def _whole_results(
         for name, asked in run.asked.items()
     }
     asked = list(run.asked.values())
-    judged: dict[str, Any] = {}
-    if hasattr(config, "judges"):
-        judged = {"judges": [judge.describe() for judge in run.judges], "lead_judge": run.judges[0].name}
     results = {
         "schema_version": SCHEMA_VERSION,
         "kind": kind.name,
@@ -670,12 +660,13 @@ def _whole_results(
         "ablation": {**asdict(ablation), "label": ablation.kind.label},
         "planted_heads": None if planted is None else [str(head) for head in planted],
         "caveats": caveats_of(run),
-        **judged,
         "chosen": chosen,
         **kind.results(run),
     }
-    if judged:
-        results |= {"word_judges": run.judges_of_words(), **run.failed_judges()}
+    if hasattr(config, "judges"):
+        described = {"judges": [judge.describe() for judge in run.judges], "lead_judge": run.judges[0].name}
+        judged = {"word_judges": run.judges_of_words(), **failed_judges(run.directory.stored_records())}
+        results = described | results | judged
     notes = mixed_notes(run.directory)
     notes += warnings_of(run.engine, asked, getattr(config, "max_new_tokens", 1), caught)
     return results | {"warnings": list(dict.fromkeys(notes))}
