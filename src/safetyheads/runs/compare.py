@@ -17,11 +17,11 @@ from safetyheads.display import Table
 from safetyheads.errors import InputError, shorten
 from safetyheads.files import read_toml
 from safetyheads.runs.rates import rate_as_json
-from safetyheads.runs.reader import OUTCOMES, RateRecord, RunReader, lead_groups
+from safetyheads.runs.reader import OUTCOMES, RunReader, lead_groups
 from safetyheads.stats.gain_over_random import change_interval, prompt_gains
-from safetyheads.stats.intervals import CONFIDENCE, Interval, Rate, monotone_bounds, newcombe_interval
+from safetyheads.stats.intervals import CONFIDENCE, Interval, monotone_bounds, newcombe_interval
 from safetyheads.stats.ranking import HeadsMoved, RankAgreement, moved, rank_agreement
-from safetyheads.stats.testing import PairedDifference, paired_difference
+from safetyheads.stats.testing import paired_difference
 
 _WORDS = read_toml(Path(__file__).with_name("compare.toml"))
 SETTINGS: dict[str, str] = _WORDS["settings"]
@@ -108,43 +108,31 @@ def _rate_change(
     note = _why_unpaired(runs, prompts)
     if not note and stored[0].prompts != stored[1].prompts:
         note = "the prompts are not the same"
-    unknown = old["unscored"] + new["unscored"]
-    if note:
-        # Several answers to one prompt and near-duplicates are no independent counts, so such rates are not tested.
-        p_value, at_worst = None, None
-        one_each = all(run.n_seeds == 1 for run in runs) and all(answers.clusters is None for answers in stored)
-        if one_each:
-            counts = [[rate["count"], rate["n"] - rate["count"]] for rate in (old, new)]
-            p_value = float(scipy.stats.fisher_exact(counts)[1])
-        if one_each and unknown:
-            fall, rise = (
-                _unpaired_change("rate", _with_unknown(old, not is_rise), _with_unknown(new, is_rise), note)
-                for is_rise in (False, True)
-            )
-            at_worst = (_bounds(fall), _bounds(rise))
-        return replace(_unpaired_change("rate", old, new, note, p_value), unknown=unknown, at_worst=at_worst)
+    unknown, p_value = old["unscored"] + new["unscored"], None
+    # Several answers to one prompt and near-duplicates are no independent counts, so such rates are not tested.
+    one_each = all(run.n_seeds == 1 for run in runs) and all(answers.clusters is None for answers in stored)
+    if note and one_each:
+        counts = [[rate["count"], rate["n"] - rate["count"]] for rate in (old, new)]
+        p_value = float(scipy.stats.fisher_exact(counts)[1])
 
-    def paired_with(ends: tuple[float, float]) -> PairedDifference:
+    def change_with(*ends: float) -> Change:
         """The change if the answers without a verdict counted so, before and after."""
-        old, new = (np.where(np.isnan(side), end, side) for side, end in zip(outcomes, ends, strict=True))
-        return paired_difference(old, new, stored[0].clusters)
+        first, second = (np.where(np.isnan(side), end, side) for side, end in zip(outcomes, ends, strict=True))
+        old, new = stored[0].rate_of(first), stored[1].rate_of(second)
+        if note:
+            return _unpaired_change("rate", old, new, note, p_value)
+        paired = paired_difference(first, second, stored[0].clusters)
+        return Change(old["rate"], new["rate"], paired.change, paired.interval, (paired.n,) * 2, True, paired.p_value)
 
-    paired = paired_with((math.nan, math.nan))
-    if paired.change is None:
+    change, at_worst = change_with(math.nan, math.nan), None
+    if change.change is None:
         return _no_change("no prompt has scored answers in both runs")
-    change = Change(old["rate"], new["rate"], paired.change, paired.interval, (paired.n,) * 2, True, paired.p_value)
-    if unknown:
-        at_worst = _bounds(paired_with((1.0, 0.0))), _bounds(paired_with((0.0, 1.0)))
-        change = replace(change, unknown=unknown, at_worst=at_worst)
-    return change
+    if unknown and (one_each or not note):
+        at_worst = _bounds(change_with(1.0, 0.0)), _bounds(change_with(0.0, 1.0))
+    return replace(change, unknown=unknown, at_worst=at_worst)
 
 
-def _with_unknown(rate: RateRecord, counted: bool) -> dict[str, Any]:
-    """The rate with its answers without a verdict, all of which count or none does."""
-    return asdict(Rate(rate["count"] + rate["unscored"] * counted, rate["n"] + rate["unscored"]))
-
-
-def _bounds(change: Change | PairedDifference) -> Bounds:
+def _bounds(change: Change) -> Bounds:
     value = change.change or 0.0
     low, high = change.interval or (value, value)
     return low, value, high
