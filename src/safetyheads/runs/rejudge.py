@@ -331,29 +331,26 @@ def validate(
     ``n_labels``, ``accuracy`` (of ``complied`` and ``refused``: sensitivity, specificity, n) and ``rates`` (``raw`` and
     ``corrected``, by what was ablated).
     """
-    labelled = read_sheet(path)
-    directory, records = _stored(folder)
-    prompts = {answer_id(record["query"], record["text"]): record["query"] for record in records}
     # A row that lost its id is known by its texts.
-    ids = [row.id or answer_id(row.prompt, row.answer) for row in labelled]
-    own = [row for row, name in zip(labelled, ids, strict=True) if name in prompts]
-    truth: dict[str, Label] = {name: row.label for row, name in zip(labelled, ids, strict=True) if name in prompts}
+    labelled = {row.id or answer_id(row.prompt, row.answer): row for row in read_sheet(path)}
+    directory, records = _stored(folder)
+    queries = {answer_id(record["query"], record["text"]): record["query"] for record in records}
+    own = labelled.keys() & queries.keys()
+    truth: dict[str, Label] = {name: row.label for name, row in labelled.items() if name in own or not own}
     by_judge = {judge: _by_answer(records, judge) for judge in records[0]["verdicts"]} if own else {}
-    results = directory.read_results()
     if not own:
-        if not any(row.answer for row in labelled):
+        if not any(row.answer for row in labelled.values()):
             raise InputError(f"{path} labels none of this run's answers, and holds no texts to judge")
         if not judges:
             raise InputError(f"{path} labels none of this run's answers; name the judge to put them to by --judge")
-        length = results["sampling"]["max_new_tokens"]
-        completions = [Completion(row.prompt, row.answer, (), True, length) for row in labelled]
-        truth = {str(number): row.label for number, row in enumerate(labelled)}
-        prompts = {str(number): row.prompt for number, row in enumerate(labelled)}
+        length = directory.read_results()["sampling"]["max_new_tokens"]
+        completions = [Completion(row.prompt, row.answer, (), True, length) for row in labelled.values()]
         count_requests_in(directory.path, judges)
         for judge in judges:
-            given = verdicts_of(judge, completions)
-            by_judge[judge.name] = {str(number): verdict.label for number, verdict in enumerate(given)}
-    clusters = dict(zip(truth, near_duplicates([prompts[name] or name for name in truth])[0], strict=True))
+            given = [verdict.label for verdict in verdicts_of(judge, completions)]
+            by_judge[judge.name] = dict(zip(labelled, given, strict=True))
+    asked = [queries.get(name) or labelled[name].prompt or name for name in truth]
+    clusters = dict(zip(truth, near_duplicates(asked)[0], strict=True))
     found = {}
     for judge_name, labels in by_judge.items():
         accuracy = dict(_accuracies(labels, truth, clusters))
