@@ -61,6 +61,7 @@ _LOCK = ".lock-"
 _GITIGNORE = b"*\n"
 _DIFFERENCES_SHOWN = 6
 _REMEMBERED = "remembered"
+_LONGEST_NAME = 80
 _FOLDERS: dict[str, tuple[Callable[..., bytes], Callable[[bytes], tuple[Held, Any]]]] = {
     **dict.fromkeys(("completions", _REMEMBERED), (pack_records, unpack_records)),
     "shards": (pack_tensors, unpack_tensors),
@@ -126,9 +127,6 @@ class RunDirectory:
         """Number of entries and checksum by place: files of finished stages, and those that this process read or wrote.
         """
         self._results: dict[str, Any] | None = None
-        self._known: dict[str, Any] = {}
-        """What is remembered, and was read."""
-        self._known_places: set[str] = set()
         self._lenders: list[tuple[RunDirectory, str]] = []
         """Runs to read from, and what a file's place has to say."""
 
@@ -225,41 +223,35 @@ class RunDirectory:
         The plan of a run's batches is stored here: another plan would move results in their last bits. A stored value
         that is of another type, or does not ``fit``, is set aside.
         """
-        stored = self.recalled(name, type(value), fits)
-        if stored is None:
-            key, line = content_key({"name": name}), {"name": name, "value": msgspec.to_builtins(value)}
-            place = f"{_REMEMBERED}/{as_file_name(name)[:80]}-{key}.jsonl"
 
-            def fitting(lines: Sequence[Record]) -> bool:
-                told = converted(lines[0]["value"], type(value))
-                return fits is None or fits(told)
+        def fitting(lines: Sequence[Record]) -> bool:
+            told = converted(lines[0]["value"], type(value))
+            return fits is None or fits(told)
 
-            (record,) = self._stored(place, lambda: [line], fitting, replaces=False)
-            self._known[name], stored = record["value"], converted(record["value"], type(value))
-            self._known_places.add(place)
-        return stored
+        line = {"name": name, "value": msgspec.to_builtins(value)}
+        (record,) = self._stored(_remembered_place(name), lambda: [line], fitting, replaces=False)
+        return converted(record["value"], type(value))
 
     def recalled(self, name: str, kind: type[Value], fits: Callable[[Value], bool] | None = None) -> Value | None:
         """What is stored under ``name``; None where that is nothing, or is of another type or does not fit."""
         with suppress(DamagedError), as_damaged(name):
-            value = converted(self.remembered()[name], kind)
+            value = converted(self.read(_remembered_place(name))[0]["value"], kind)
             return value if fits is None or fits(value) else None
         return None
 
+    def remembers(self, *names: str) -> bool:
+        """Whether something is stored under each name."""
+        return all(self._is_there(_remembered_place(name)) for name in names)
+
     def remembered(self, prefix: str = "") -> dict[str, Any]:
-        """What was remembered under names that begin so; without a prefix, the store itself."""
-        if not self._known_places or not self.shard.alone:  # others remember too
-            places = [place for place in self._files if stage_of(place) == _REMEMBERED]
-            for place in sorted(places) if self._lock is None else self._names(f"{_REMEMBERED}/*.jsonl"):
-                if place in self._known_places:
-                    continue
+        """What was remembered under names that begin so."""
+        found, begun = dict[str, Any](), f"{_REMEMBERED}/{as_file_name(prefix)[:_LONGEST_NAME]}"
+        for place in sorted(self._files) if self._lock is None else self._names(f"{_REMEMBERED}/*.jsonl"):
+            if place.startswith(begun):
                 with self._setting_aside(place), as_damaged(self.path / place):
                     (line,) = self.read(place)
-                    self._known[str(line["name"])] = line["value"]
-                    self._known_places.add(place)
-        if not prefix:
-            return self._known
-        return {name: value for name, value in self._known.items() if name.startswith(prefix)}
+                    found[str(line["name"])] = line["value"]
+        return {name: value for name, value in found.items() if name.startswith(prefix)}
 
     # Parts, a file a key.
 
@@ -709,6 +701,10 @@ def tensors_place(stage: str, fields: Mapping[str, Any]) -> str:
 def records_place(stage: str, fields: Mapping[str, Any]) -> str:
     """The file of records that ``fields`` determine."""
     return f"completions/{_file_name(stage)}-{content_key(fields)}.jsonl"
+
+
+def _remembered_place(name: str) -> str:
+    return f"{_REMEMBERED}/{as_file_name(name)[:_LONGEST_NAME]}-{content_key({'name': name})}.jsonl"
 
 
 def _elsewhere(places: Iterable[str]) -> ElsewhereError:

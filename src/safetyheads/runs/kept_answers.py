@@ -408,13 +408,14 @@ class KeptAnswers:
 
     def _drafts_pay(self, n_groups: int, ablation: Ablation) -> bool:
         """Whether groups are answered by drafts; a resumed run decides as the first start did."""
-        known, fit = self.directory.remembered(), f"drafts_fit_{self._key()}"
-        if n_groups < _LEAST_DRAFTED and f"plan_drafts_{self._key(ablation, self._blocks[0])}" not in known:
+        plan = f"plan_drafts_{self._key(ablation, self._blocks[0])}"
+        if n_groups < _LEAST_DRAFTED and not self.directory.remembers(plan):
             return False
-        if fit not in known:
+        fit = self.directory.recalled(f"drafts_fit_{self._key()}", bool)
+        if fit is None:
             fits = (drafts_fit(self.engine, *self._with_answers(block)) for block in self._blocks)
-            self.directory.remember(fit, all(fits))
-        return bool(known[fit])
+            fit = self.directory.remember(f"drafts_fit_{self._key()}", all(fits))
+        return fit
 
     def _with_answers(self, block: range) -> tuple[Sequence[tuple[int, ...]], Sequence[Answer]]:
         """A block's prompts as tokens, and their unablated answers."""
@@ -468,7 +469,7 @@ class KeptAnswers:
             cost, *chunk = self._kept(stage, fields, compute, named, n_before=1)
             self.costs[content_key(fields)] = Economy(**cost)
             kinds = ("plan_drafts", "tolerance", "economy") if drafted else ()  # results tell what the drafts cost
-            if {f"{kind}_{self._key(ablation, block)}" for kind in kinds} - self.directory.remembered().keys():
+            if not self.directory.remembers(*(f"{kind}_{self._key(ablation, block)}" for kind in kinds)):
                 self._drafts_under(ablation, block)
             return chunk if self.holds_texts else [without_texts(record, self._shared) for record in chunk]
 
