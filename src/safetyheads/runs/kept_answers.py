@@ -5,12 +5,12 @@ again.
 """
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, replace
 from functools import cached_property, partial
-from itertools import chain, islice
+from itertools import chain
 from math import ceil
 from operator import itemgetter
 from typing import Any, Self, TypeAlias
@@ -268,15 +268,10 @@ class KeptAnswers:
             for block in self._blocks
             for chunk in groups_together(groups, len(block))
         ]
-        records = iter(self._records(part, ablation, chunks, len(groups)))
-        of_groups: list[list[Record]] = [[] for _ in groups]
-        for block in self._blocks:
-            for of_group in of_groups:
-                of_group += islice(records, len(block))
-        return [
-            GroupAnswers.of(format_heads(group), of_group, self.lead, self.limit)
-            for group, of_group in zip(groups, of_groups, strict=True)
-        ]
+        by_group = defaultdict[str, list[Record]](list)
+        for record in self._records(part, ablation, chunks, len(groups)):
+            by_group[record["group"]].append(record)
+        return [GroupAnswers.of(text, by_group[text], self.lead, self.limit) for text in map(format_heads, groups)]
 
     def shorter(self, n_tokens: int) -> Self:
         """The same answers to the same prompts, of at most so many tokens; unablated ones are not answered again."""
@@ -445,10 +440,7 @@ class KeptAnswers:
     def _records(
         self, part: str, ablation: Ablation, chunks: Sequence[_Chunk], n_groups: int, apart: bool = False
     ) -> list[Record]:
-        """Records, chunk by chunk.
-
-        A chunk that is not stored yet is decoded, by drafts where these pay, and judged.
-        """
+        """Records, chunk by chunk; one that is not stored yet is decoded, by drafts where these pay, and judged."""
         stage, drafted = f"{part.replace('_', '-')}-{self.name}", self._drafts_pay(n_groups, ablation)
         unablated = self._unablated_surprises()
 
@@ -516,9 +508,8 @@ class KeptAnswers:
                 limit = len(token_ids) + (not record["complete"])
                 decoded = Answer(token_ids, finished, limit, (), record["route"], record["changed"])
                 placed.append((number, parse_heads(record["group"]), decoded))
-                given = {name: Verdict(**verdict) for name, verdict in record["verdicts"].items()}
-                sound = {name: verdict for name, verdict in given.items() if not verdict.passing}
-                known[*answer_key(number, token_ids), finished] = sound
+                sound = {name: given for name, given in record["verdicts"].items() if not given.get("passing")}
+                known[*answer_key(number, token_ids), finished] = {name: Verdict(**sound[name]) for name in sound}
             judged = iter(self.judging.judged(placed, known=known))
             return [
                 {**record, "verdicts": record_of(next(judged), {}, True)["verdicts"]} if has_failed(record) else record
@@ -542,7 +533,6 @@ class KeptAnswers:
     def _judged(
         self, part: str, epsilon: float | None, placed: Sequence[Placed], surprises: Surprises | None
     ) -> list[dict[str, Any]]:
-        """Answers as records, with every judge's verdict."""
         place = {"set": self.name, "part": part, "epsilon": epsilon, "seed": self.decoding.sampling.seed}
         return [
             record_of(judged, {"id": number, **place}, self.stores_completions)
