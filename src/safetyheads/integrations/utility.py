@@ -139,17 +139,15 @@ class Utility(NamedTuple):
 
 def head_variants(engine: Engine, groups: Sequence[Group], ablation: Ablation) -> tuple[Variant, ...]:
     """Each group of heads ablated in the forward pass."""
-    variants: dict[str, Variant] = {}
-    for group in groups:
-        if not group:
-            raise InputError("a group needs heads; the vanilla model is there anyway")
-        within(group, engine.n_layers, engine.n_heads)
-        name = format_heads(sorted(group))
-        if name in variants:
-            raise InputError(f"group {format_heads(group)} is given twice")
-        fields = {"heads": name, "ablation": ablation.name, "epsilon": ablation.epsilon}
-        variants[name] = Variant(format_heads(group), partial(engine.ablated, group, ablation), fields)
-    return tuple(variants.values())
+    fields = {"ablation": ablation.name, "epsilon": ablation.epsilon}
+    return tuple(
+        Variant(
+            format_heads(group),
+            partial(engine.ablated, within(group, engine.n_layers, engine.n_heads), ablation),
+            {"heads": format_heads(sorted(group)), **fields},
+        )
+        for group in groups
+    )
 
 
 def evaluate_tasks(

@@ -26,8 +26,6 @@ def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mix
     measures, the largest holds.
     """
     runs = [RunDirectory.look(folder) for folder in [*[out] * (out / "manifest.json").exists(), *folders]]
-    if not folders:
-        raise InputError("name the directories to join")
     first = runs[0]
     differing = sorted({difference for run in runs[1:] for difference in _differences(first, run, mixed)})
     holders: dict[str, RunDirectory] = {}

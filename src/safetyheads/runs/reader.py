@@ -13,7 +13,7 @@ import numpy as np
 from safetyheads.display import Table, chart, rate_row
 from safetyheads.errors import InputError
 from safetyheads.files import leaves
-from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, as_file_name
+from safetyheads.runs.directory import RunDirectory, as_file_name
 from safetyheads.runs.rates import OF_VERDICTS, GroupAnswers, without_texts
 from safetyheads.runs.stored_files import Record, as_damaged, converted
 from safetyheads.stats.gain_over_random import SizeOutcome
@@ -79,13 +79,11 @@ class FinishedRun(Table):
         """Read the manifest and the results.
 
         Raises:
-            InputError: no run is there, it has not finished, or its results are of another version.
+            InputError: no run is there, it has not finished, or it is of another version.
         """
         self.path, self.directory = path, RunDirectory.open(path)
         self.config, self.results = self.directory.config, self.directory.read_results()
-        self.kind, version = str(self.results.get("kind")), self.results.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise InputError(f"{path} holds results of schema {version!r}; what is read is schema {SCHEMA_VERSION}")
+        self.kind = str(self.results.get("kind"))
         self.model = str((self.results.get("model") or {}).get("name") or "")
 
     def _facts(self) -> dict[str, object]:

@@ -339,9 +339,7 @@ class Run(Generic[Config]):
     def unablated(self, name: str, sampling: Sampling | None = None) -> GroupAnswers:
         """The unablated answers to a set, as rates are made of them; judges of words have labelled harmful ones."""
         answers = self.answers(name, sampling)
-        unablated: GroupAnswers
-        unablated, _ = self.directory.together(answers.vanilla, answers.by_words)
-        return unablated
+        return self.directory.together(answers.vanilla, answers.by_words)[0]
 
     def openers(self, name: str, needs: bool = False, benign: str | None = None) -> tuple[Opener, ...]:
         """First tokens of a set's unablated refusals, over all samplings; raises if it ``needs`` one and has none.
