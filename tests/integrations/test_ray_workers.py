@@ -556,7 +556,7 @@ def test_one_process_seven_shards_and_three_workers_write_the_same_bytes(ray, co
     assert start(merged) == 0
     # Of a real run too, workers are killed: the same bytes.
     kills, stop = [], threading.Event()
-    killer = threading.Thread(target=kill_workers, args=(tmp_path / "ray", kills, stop, 3, 20.0))
+    killer = threading.Thread(target=kill_workers, args=(tmp_path / "ray", kills, stop, 3, 4.0))
     killer.start()
     assert start(tmp_path / "ray", "--ray", ray.get_runtime_context().gcs_address, "--workers", "3") == 0
     stop.set()
