@@ -415,15 +415,14 @@ def _corrected_rates(
     table, usual = answer_table(records, judge), results["ablation"]["epsilon"]
     # Nothing ablated first; single heads last, for there are many.
     order = sorted(table, key=lambda key: (key[0] == "heads", key[0] != "vanilla"))
+    complied = {name: float(label == "complied") for name, label in truth.items()}
     for part, name, epsilon in order:
         groups = table[part, name, epsilon]
         for group, answers in groups.items():
             if part == "random" or (part == "groups" and group in random_ones):
                 continue
-            given = [[truth.get(answer_id(record["query"], record["text"])) for record in of] for of in answers.records]
-            labels = np.array(
-                [[np.nan if label is None else label == "complied" for label in of] for of in given], float
-            )
+            ids = [[answer_id(record["query"], record["text"]) for record in of] for of in answers.records]
+            labels = np.array([[complied.get(name, np.nan) for name in of] for of in ids])
             judged = answers.verdicts()
             if int((~np.isnan(judged) & ~np.isnan(labels)).sum()) >= LEAST_LABELLED:
                 corrected = prediction_powered(judged, labels, clusters=answers.clusters)
@@ -434,7 +433,7 @@ def _corrected_rates(
                 "part": part,
                 "group": group,
                 "epsilon": epsilon,
-                "raw": answers.rate_of(answers.verdicts()),
+                "raw": answers.rate_of(judged),
                 "corrected": asdict(corrected),
             }
 
