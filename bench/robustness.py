@@ -367,6 +367,8 @@ INPUTS = (
     "cli/test_app.py::test_a_bad_file_of_settings_is_refused",
     "model/test_loading.py::test_a_broken_checkpoint_is_one_line",
     "cli/test_compare.py::test_refusals_are_one_line_and_two",
+    "cli/test_compare.py::test_no_page_is_written_where_another_cannot_be",
+    "cli/test_judge.py::test_nothing_is_written_where_another_option_is_refused",
     "cli/test_eval.py::test_tasks_are_refused_in_one_line_before_the_model_is_read",
     "cli/test_eval.py::test_bad_input_is_one_line",
     "runs/test_labels.py::test_a_sheet_that_cannot_be_used_says_where",

@@ -22,7 +22,8 @@ PARTIAL = ".partial"
 """End of the name of a file that is still being written; the name begins with a dot."""
 
 MOST_BYTES = 1 << 28
-"""Largest file of prompts or settings that is read."""
+"""Largest file of prompts or settings, or of a checkpoint beside its weights, that is read."""
+_MOST_TEXT = 1 << 30
 # Levels of nesting that nothing sensible has, and that no library which takes the value apart fails on.
 _MOST_LEVELS = 100
 MENDABLE_ERRORS = frozenset(
@@ -113,22 +114,24 @@ def readable_json(name: str, value: Mapping[str, Any]) -> str:
         raise ValueError(f"{name}: {bad[0]} is not a finite number") from None
 
 
-def read_regular(path: Path, follows_links: bool = True, most: int | None = None) -> bytes:
+def read_regular(path: Path, follows_links: bool = True, most: int | None = _MOST_TEXT) -> bytes:
     """The content of a file; devices and pipes, which may never end, are refused, and what has more bytes than most."""
     try:
         with as_input_error(path, "read"):
             flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | (0 if follows_links else getattr(os, "O_NOFOLLOW", 0))
             descriptor = os.open(path, flags)
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
                 os.close(descriptor)
                 raise InputError(f"{path} cannot be read: it is no file, but a directory, a pipe or a device")
             with open(descriptor, "rb") as file:
-                content = file.read(-1 if most is None else most + 1)
+                # A file of the system's own says that it has no size, and may be endless.
+                content = file.read(-1 if most is None else most + 1 if found.st_size <= most else 0)
     except ValueError as error:  # a name that no path can have
         if isinstance(error, InputError):
             raise
         raise InputError(f"{str(path)!r} cannot be a path: {error}") from None
-    if most is not None and len(content) > most:
+    if most is not None and max(found.st_size, len(content)) > most:
         raise InputError(f"{path} is larger than {most >> 20} MiB")
     return content
 
@@ -151,7 +154,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
-    return parse_json(read_regular(path), path)
+    return parse_json(read_whole(path), path)
 
 
 def parse_json(text: str | bytes, name: object) -> dict[str, Any]:

@@ -195,6 +195,8 @@ def test_a_bad_file_of_settings_is_refused(refused, no_model, make, said):
         ("bogus", "Unknown command"),
         ("ships demo:aligned_a", "--prompts"),
         ("demo --foo", "Unknown option"),
+        ("audit DEMO --column nope", "the demo's prompts have no column 'nope'"),
+        ("scan DEMO --benign demo --benign-column nope", "the demo's prompts have no column 'nope'"),
         ("demo --ablation lobotomy", "unknown ablation"),
         ("demo --judge dredd", "unknown judge"),
         ("demo --out /dev/null/x", "/dev/null is not a directory"),

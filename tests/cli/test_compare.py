@@ -84,6 +84,14 @@ def test_refusals_are_one_line_and_two(refused, command):
     refused(*command)
 
 
+@pytest.mark.parametrize("other", ["file.txt", "file.txt/page.html", "folder.md"])
+def test_no_page_is_written_where_another_cannot_be(refused, tmp_path, other):
+    (tmp_path / "file.txt").touch()
+    (tmp_path / "folder.md").mkdir()
+    refused("compare", "runs/a", "runs/b", "--report", tmp_path / "page", "--report", tmp_path / other)
+    assert not (tmp_path / "page").exists()
+
+
 def test_history_is_printed_and_written(run):
     code, out, err = run("history", ".")
     assert (code, err) == (0, "")

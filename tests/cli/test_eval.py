@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from lm_eval.tasks import TaskManager
+from sealed_runs import seal
 
 from safetyheads.cli.show import show_results
 from safetyheads.integrations import lm_eval, utility
@@ -66,6 +67,18 @@ def test_a_run_is_continued_and_nothing_is_computed_twice(run, refused, tmp_path
     page = (out / "report" / "index.html").read_bytes()
     assert run("report", out)[0] == 0
     assert (out / "report" / "index.html").read_bytes() == page
+
+
+def test_stored_samples_that_are_none_are_computed_again_though_their_checksum_fits(run, tmp_path):
+    arguments = ("eval", *SMALL, "--heads", "1-3", "--out", tmp_path / "run")
+    assert run(*arguments)[0] == 0
+    results = (tmp_path / "run" / "results.json").read_bytes()
+    stored = min((tmp_path / "run" / "completions").iterdir())
+    head, first, *samples = stored.read_text().splitlines()
+    stored.write_text("\n".join([head, json.dumps(json.loads(first) | {"metrics": None}), *samples, ""]))
+    seal(tmp_path / "run", f"completions/{stored.name}", alone=True)
+    assert run(*arguments)[0] == 0
+    assert (tmp_path / "run" / "results.json").read_bytes() == results
 
 
 def test_a_missing_extra_is_named(refused, monkeypatch):

@@ -39,9 +39,27 @@ def test_a_sheet_is_written_filled_in_and_read_back(run, refused, folder):
     assert "against people’s labels" in (folder / "report/index.html").read_text()
 
 
-def test_no_sheet_is_written_where_a_judge_is_not_there(refused, folder):
-    assert "unknown judge 'nope'" in refused("judge", folder, "--label-sheet", "10", "sheet.csv", "--judge", "nope")
-    assert not Path("sheet.csv").exists()
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--label-sheet 9 sheet.csv --judge nope", "unknown judge 'nope'"),
+        ("--label-sheet 9 sheet.csv --judge-tokens 0", "judge tokens must be at least 1"),
+        ("--label-sheet 9 sheet.csv --judge paper --judge released", "has verdicts of paper"),
+        ("--label-sheet 9 sheet.csv --validate nope.csv", "nope.csv cannot be read"),
+        ("--label-sheet 9 sheet.csv --validate sheet.csv", "sheet.csv cannot be read"),
+        ("--label-sheet 9 sheet.csv --validate ids.csv", "labels none of this run's answers"),
+        ("--label-sheet 0 sheet.csv --judge released", "a sheet needs at least one answer"),
+        ("--label-sheet 9 ids.csv --judge released", "ids.csv is there already"),
+        ("--label-sheet 9 ids.csv/sheet.csv --judge released", "ids.csv/sheet.csv cannot be written"),
+        ("--judge released --judge paper", "has verdicts of paper"),
+        ("--judge released --validate ids.csv", "labels none of this run's answers"),
+    ],
+)
+def test_nothing_is_written_where_another_option_is_refused(refused, folder, options, said):
+    Path("ids.csv").write_text("id,label\nanswer-0,complied\n")
+    before = {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+    assert said in refused("judge", folder, *options.split())
+    assert {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")} == before
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from test_shards import bytes_of
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
 from safetyheads.answers.decoding import GREEDY, Answer, Sampling
 from safetyheads.baselines import METHODS
-from safetyheads.errors import ElsewhereError, UnsupportedModelError
+from safetyheads.errors import ElsewhereError, InputError, UnsupportedModelError
 from safetyheads.experiments import baselines_compared
 from safetyheads.experiments.catalogue import EXPERIMENTS
 from safetyheads.experiments.lab import Lab, Subject, quoted
@@ -150,6 +150,19 @@ def test_shards_of_one_directory_write_the_bytes_of_one_process(tmp_path, monkey
     assert [place for place in one if one[place] != many[place]] == []
     owned = [owners(units, 2) for _, units in RunDirectory.look(tmp_path / "many").planned()]
     assert min(Counter(chain.from_iterable(of.values() for of in owned)).values()) > 10
+
+
+def test_what_is_damaged_or_lost_is_computed_again_whichever_experiment_it_is_of(tmp_path):
+    config = replace(SMALL, limit=3)
+    run_of(config, ["fig8", "table2"], tmp_path)
+    parts = [path for folder in ("completions", "shards") for path in (tmp_path / folder).rglob("[!.]*.*")]
+    before = {path: path.read_bytes() for path in (*parts, tmp_path / "results.json")}
+    for number, path in enumerate(parts):
+        path.unlink() if number % 2 else path.write_bytes(b"{}")
+    with pytest.raises(InputError, match=r"is damaged.*; start it once without --shard"):
+        run_of(config, ["table2"], tmp_path, shard=Shard(1, 2))
+    run_of(config, ["table2"], tmp_path)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_quoted_numbers_are_the_papers_and_of_its_models_datasets_and_methods_alone():

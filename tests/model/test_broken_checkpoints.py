@@ -134,6 +134,7 @@ CONTENTS = {
     "no text": lambda path: path.write_bytes(b"\xff\xfe\0"),
     "deep": lambda path: path.write_text("[" * 100_000),
     "null": lambda path: path.write_text("null"),
+    "huge": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
 }
 
 

@@ -123,3 +123,7 @@ def test_pages_are_not_written_through_links_and_pipes_are_not_read(run, refused
         for command in ("verify", "report"):
             code, out, err = run(command, path)
             assert (code, "results.json cannot be read" in (out + err).replace("\n", " ")) == (2, True)
+    results.unlink()
+    results.touch()
+    os.truncate(results, 1 << 40)
+    assert "results.json is larger than 1024 MiB" in refused("report", path)

@@ -282,6 +282,12 @@ def test_the_shards_of_a_sweep_are_told_and_joined_audit_by_audit(tmp_path, run,
     assert (code, "run shards 2 of 2 again" in err) == (3, True)
     code, _, err = run("merge", tmp_path / "out", tmp_path / "shard1", tmp_path / "shard3")
     assert (code, "is not a run directory" in err) == (2, True)
+    damaged = next((tmp_path / "shard2" / "second" / "completions").iterdir())
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1])
+    code, _, err = run("merge", tmp_path / "out", tmp_path / "shard1", tmp_path / "shard2")
+    assert (code, damaged.name in err, (tmp_path / "out").exists()) == (2, True, False)
+    damaged.write_bytes(whole)
     assert run_json("merge", tmp_path / "out", tmp_path / "shard1", tmp_path / "shard2")["files"] == 6
     assert [unit_files(tmp_path / "out" / name) for name in ("first", "second")] == [[1.0, 2.0, 3.0]] * 2
     assert run_json("status", tmp_path / "out" / "first")["seconds_left"] in (None, 0.0)

@@ -472,15 +472,15 @@ def merge(
     sweep are joined one after another.
     """
     from safetyheads.runs.directory import runs_within
-    from safetyheads.runs.merge import merge as merge_runs
+    from safetyheads.runs.merge import join, joinable
     from safetyheads.runs.provenance import provenance
 
     if not runs:
         raise InputError("name the run directories to join, after the one to write")
-    within, n_files = {run: runs_within(run) for run in runs}, 0
+    within, looked = {run: runs_within(run) for run in runs}, []
     for name in sorted(set(chain.from_iterable(within.values()))):
-        parts = [run / name for run in runs if name in within[run]]
-        n_files += merge_runs(out / name, parts, provenance(sys.argv), mixed)
+        looked.append(joinable(out / name, [run / name for run in runs if name in within[run]], mixed))
+    n_files = sum(join(found, provenance(sys.argv)) for found in looked)
     line = f"{out} holds {n_files} files of units and plans; the run's own command with --out {out} goes on from there"
     _show({"out": str(out), "files": n_files}, output, lambda: show.print_lines([line]))
     return 0
@@ -518,20 +518,13 @@ def judge(
     from safetyheads.reports.write import write_report
     from safetyheads.runs.directory import RunDirectory
     from safetyheads.runs.provenance import provenance
-    from safetyheads.runs.rejudge import later_judges, open_judged, rejudge, write_sheet
+    from safetyheads.runs.rejudge import later_judges, open_judged, read_labels, refuse_rejudging, rejudge, write_sheet
     from safetyheads.runs.rejudge import validate as validate_judges
 
     opened = open_judged(run)
     validate, specs = labels.validate, config.judges
     judges = judges_named(specs, config.judge_device, config.judge_tokens) if specs else ()
-    if labels.label_sheet is not None:
-        sheet = labels.label_sheet[1]
-        n = write_sheet(run, *labels.label_sheet)
-        if not specs and validate is None:
-            said = {"label_sheet": str(sheet), "n": n}
-            _show(said, output, lambda: show.print_lines([f"Answers to label: {n}, in {sheet}"]))
-            return
-    if not specs and validate is None:
+    if not specs and validate is None and labels.label_sheet is None:
         # The judge of words that the run's own command did not ask: the same one each time.
         with as_damaged(run):
             own = [described["name"] for described in opened.config.get("judges", ())]
@@ -541,12 +534,22 @@ def judge(
     progress, started = show.progress_for(output.quiet), provenance(sys.argv)
     # To validate a judge that the run has, it need not judge again.
     asked = [judge for judge in judges if validate is None or judge.name not in there]
+    # What a run directory names may be code or an address of others: only rules are made from it.
+    others = judges or tuple(JUDGES[name]() for name in there[:1] if name in JUDGES)
     validation = {}
+    with as_damaged(run):  # all is looked at before anything is written
+        for judge in asked:
+            refuse_rejudging(opened, judge)
+        if validate is not None:
+            read_labels(run, validate, others)
+    if labels.label_sheet is not None:
+        said = {"label_sheet": str(labels.label_sheet[1]), "n": write_sheet(run, *labels.label_sheet)}
+        if not asked and validate is None:
+            _show(said, output, lambda: show.print_lines(["Answers to label: {n}, in {label_sheet}".format(**said)]))
+            return
     with as_damaged(run):
         found = [rejudge(run, judge, progress, started) for judge in asked]
         if validate is not None:
-            # What a run directory names may be code or an address of others: only rules are made from it.
-            others = judges or tuple(JUDGES[name]() for name in there[:1] if name in JUDGES)
             validation = validate_judges(run, validate, started, others)
         path, page = write_report(RunDirectory.open(run))
     given = found[0] if len(found) == 1 and not validation else {"judges": found}
@@ -570,11 +573,15 @@ def compare(
     Exit codes: 0 passed, 1 a gate failed, 2 the runs cannot be compared or warn (unless --allow-warnings), 3 a run is
     incomplete, 130 interrupted, 143 terminated.
     """
-    from safetyheads.reports.compare import gate_words, write_comparison
+    from safetyheads.reports.compare import gate_words, page_of, write_comparison
     from safetyheads.runs.compare import check_gate, compare_runs, exit_code, parse_condition, quantities
     from safetyheads.runs.reader import RunReader
 
     conditions = [parse_condition(text) for text in gate.fail_if]
+    for written in map(page_of, gate.report):
+        _refuse_place(written.parent)
+        if written.is_dir():
+            raise InputError(f"{written} cannot be written: it is a directory")
     with as_damaged(f"{run_a} or {run_b}"):
         compared = compare_runs(RunReader(run_a), RunReader(run_b))
         gates = [check_gate(condition, compared) for condition in conditions]
@@ -624,6 +631,11 @@ def view(
 def _refuse(out: Path, report: ReportOptions | None, stores_completions: bool) -> None:
     if report is not None and report.show_completions and not stores_completions:
         raise InputError("--show-completions and --no-completions exclude each other")
+    _refuse_place(out)
+
+
+def _refuse_place(out: Path) -> None:
+    """Raise InputError for a folder in which nothing can be written."""
     # os.path and not pathlib: a name too long to be a path is a missing one, and told by whoever makes it.
     existing = next(parent for parent in (out, *out.absolute().parents) if os.path.exists(parent))
     if not existing.is_dir():

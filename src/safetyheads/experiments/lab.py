@@ -34,12 +34,13 @@ from safetyheads.model.engine import Engine
 from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
 from safetyheads.runs.config import Progress
-from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
+from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, records_place
 from safetyheads.runs.kept_answers import KeptAnswers, failed_judges, has_failed
 from safetyheads.runs.provenance import canonical_name, fingerprint, references_sha256, versions
 from safetyheads.runs.rates import GroupAnswers
 from safetyheads.runs.run import Run, run_directory
 from safetyheads.runs.shards import Shard
+from safetyheads.runs.stored_files import DamagedError, Record
 from safetyheads.scores import FunctionScorer, HeadScores
 
 KIND = "reproduction"
@@ -334,10 +335,18 @@ def reproduce(
         lab = Lab(config, run, progress, load)
         count_requests_in(run.path, lab.judges)
         # What judges failed on is asked again, and the outcomes with it.
-        again = any(map(has_failed, run.stored_records()))
+        try:
+            damaged = run.set_aside_damaged()
+        except DamagedError as error:
+            raise InputError(f"{error}; start it once without --shard, which computes it again") from error
+        again = bool(damaged) or any(map(has_failed, run.stored_records()))
         if again and not run.shard.alone:
             # A shard would make the outcomes anew before another has judged its own answers again.
             raise InputError(f"judges failed on answers of {out}; start it once without --shard, which asks them again")
+        if damaged:  # of whichever outcomes they are
+            there = {*damaged, *run.places()}
+            others = [experiment for experiment in EXPERIMENTS.values() if experiment not in runnable]
+            runnable += [of for of in others if records_place("outcome", {"experiment": of.name}) in there]
 
         def task(number: int, experiment: Experiment) -> None:
             progress.say(f"{number} of {len(runnable)}: {experiment.name}, {experiment.title}")
@@ -398,8 +407,12 @@ def _keep_outcome(run: RunDirectory, experiment: Experiment, lab: Lab, again: bo
         run.add_timings({"seconds": {experiment.name: time.monotonic() - started}, "timed": timed})
         return [{"outcome": outcome.as_dict(), "used": sorted(lab.used)}]
 
+    def fits(records: Sequence[Record]) -> bool:
+        (record,) = records
+        return record["outcome"]["name"] == experiment.name and all(isinstance(model, str) for model in record["used"])
+
     mend = (lambda _: compute()) if again else None
-    (record,) = run.records("outcome", {"experiment": experiment.name}, compute, mend)
+    (record,) = run.records("outcome", {"experiment": experiment.name}, compute, mend, fits=fits)
     for model in record["used"]:
         lab.weights_of(model)
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict
 
 import scipy  # its modules load on first use
 
@@ -29,7 +29,7 @@ from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory, records_pla
 from safetyheads.runs.provenance import canonical_name, device_name, fingerprint, loading_facts, model_facts, versions
 from safetyheads.runs.run import DEMO_CAVEAT, mixed_notes, run_directory
 from safetyheads.runs.shards import Shard
-from safetyheads.runs.stored_files import Record
+from safetyheads.runs.stored_files import Finite, Record, converted
 from safetyheads.stats.intervals import Rate, mean_with_interval
 from safetyheads.stats.testing import holm_of_tests, paired_difference
 
@@ -137,6 +137,26 @@ class Utility(NamedTuple):
         raise InputError(f"no {metric} of task {task} under {variant!r} was measured")
 
 
+class _Whole(TypedDict):
+    metrics: dict[str, Finite | None]
+    truncated: int
+    unclosed: int
+    folded: NotRequired[bool]
+
+
+class _Sample(TypedDict):
+    document: int
+    filter: str
+    hash: str
+    values: dict[str, Finite | bool | None]
+
+
+def _are_of_a_task(records: Sequence[Record]) -> bool:
+    converted(records[0], _Whole)
+    converted(records[1:], list[_Sample])
+    return True
+
+
 def head_variants(engine: Engine, groups: Sequence[Group], ablation: Ablation) -> tuple[Variant, ...]:
     """Each group of heads ablated in the forward pass."""
     fields = {"ablation": ablation.name, "epsilon": ablation.epsilon}
@@ -177,7 +197,7 @@ def evaluate_tasks(
         for variant in (Variant(VANILLA, nullcontext, {"heads": ""}), *variants):
             compute, fields = partial(put, task, variant), _fields_of(engine, task, variant) | dict(about or {})
             units[(records_place("utility", fields),)] = float(task.n_requests)
-            kept = compute if run is None else partial(run.records, "utility", fields, compute)
+            kept = compute if run is None else partial(run.records, "utility", fields, compute, fits=_are_of_a_task)
             computes[task.name, variant.label] = kept
     if run is None:
         records = {key: compute() for key, compute in computes.items()}

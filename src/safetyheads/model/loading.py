@@ -44,7 +44,7 @@ from safetyheads.errors import (
     shorten,
     time_limit,
 )
-from safetyheads.files import leaves, read_json, read_toml
+from safetyheads.files import MOST_BYTES, leaves, read_json, read_toml
 from safetyheads.model import attention
 from safetyheads.model.architecture import hooked_device, input_device
 from safetyheads.model.names import find_model
@@ -234,9 +234,11 @@ def look_at(path: str, options: LoadOptions, name: str) -> Path | None:
 
 def look_at_directory(path: Path, name: str) -> None:
     """Refuse a local directory that cannot be a checkpoint, or a tokenizer alone, because its files are none."""
-    for file in path.iterdir():
+    for file in (*path.iterdir(), *path.glob("additional_chat_templates/*")):
         if file.exists() and not file.is_file() and not file.is_dir():
             raise InputError(f"{name} holds {file.name}, which is no regular file")
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and file.is_file() and file.stat().st_size > MOST_BYTES:
+            raise InputError(f"{file} is larger than {MOST_BYTES >> 20} MiB")
     for file in path.glob("*token*.json"):
         read_json(file)
 

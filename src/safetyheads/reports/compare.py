@@ -162,9 +162,14 @@ def _code(text: object) -> str:
     return f"`{' '.join(str(text).split()).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
+def page_of(path: Path) -> Path:
+    """Where a comparison is written: a name that ends with ``.md`` or ``.html``, else a page in a folder."""
+    return path if path.suffix in (".md", ".html") else path / "compare.html"
+
+
 def write_comparison(compared: Facts, path: Path) -> Path:
-    """Write Markdown to a name that ends with ``.md``, else a page: to one with ``.html``, or into a folder."""
-    page = path if path.suffix in (".md", ".html") else path / "compare.html"
+    """Write Markdown to a name that ends with ``.md``, else a page; gives its path."""
+    page = page_of(path)
     text = comparison_markdown(compared) if page.suffix == ".md" else comparison_page(compared)
     write_page(page, text)
     return page

@@ -48,12 +48,12 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> tuple[
                 f"{run.path} holds results of kind {kind!r}, schema {version!r}; "
                 f"a report needs {', '.join(PAGES)} or reproduction of schema {SCHEMA_VERSION}"
             )
+        if show_completions and kind not in ("audit", "scan", "asr"):
+            words = f"the pages of kind {kind} hold no completions; they are in the run's completions folder"
+            warnings.warn(words, ReportWarning, stacklevel=2)
         if kind != "reproduction":
             page = PAGES[kind][0](run, show_completions)
             return run.write_report(page), page
-        if show_completions:
-            words = "the pages of a reproduction hold no completions; they are in the run's completions folder"
-            warnings.warn(words, ReportWarning, stacklevel=2)
         page, pages = render_reproduction(results, run.facts())
         return run.write_report(page, pages), page
 

@@ -115,6 +115,7 @@ def read_prompts(config: AuditConfig) -> dict[str, PromptSet]:
         # Benign prompts choose the group's size alone, so most of them are left for the test.
         least = LEAST_BENIGN_TEST if kind == "benign" else 0
         if is_demo(name):
+            read_set(kind, name, config)  # refuses what is for files
             n_test = config.limit and max(config.limit, least)
             halves.append(demo_prompts(kind, "validation").sample(config.limit, config.seed))
             halves.append(demo_prompts(kind, "test").sample(n_test, config.seed))

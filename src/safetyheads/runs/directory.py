@@ -8,7 +8,7 @@ import time
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -335,18 +335,17 @@ class RunDirectory:
 
     def planned(self) -> list[tuple[str, Units]]:
         """Every stage that was reached, and its units as the process found them that reached it."""
-        planned: list[tuple[str, Units]] = []
-        for place in self._names("plan/*.json"):
-            units = self._fitting(f"{place}: units", self._read_json(place).get("units"), list[_Unit])
-            planned.append((Path(place).stem.rpartition("-")[0], dict(units)))
-        return planned
+        return [(Path(place).stem.rpartition("-")[0], self._units(place)) for place in self._names("plan/*.json")]
+
+    def _units(self, place: str) -> Units:
+        return dict(self._fitting(f"{place}: units", self._read_json(place).get("units"), list[_Unit]))
 
     # Joining the directories of shards.
 
     def take(self, place: str, other: Self) -> None:
         """Copy a stored part of another run; of a run of other versions it is written as one of this run."""
         if other.key == self.key:
-            self._write(place, read_regular(other._inside(place), follows_links=False))
+            self._write(place, read_regular(other._inside(place), follows_links=False, most=None))
         else:
             self._write(place, self._packed(place, other.read(place)))
 
@@ -478,7 +477,7 @@ class RunDirectory:
             if not os.path.lexists(path):
                 raise DamagedError("it is lost")
             _, unpack = _FOLDERS[place.split("/")[0]]
-            held, value = unpack(read_regular(path, follows_links=False))
+            held, value = unpack(read_regular(path, follows_links=False, most=None))
             key, stage = held.key, held.stage
             wanted = (f"completions/{stage}-{key}.jsonl", f"shards/{stage}/{key}.safetensors")
             if held.run != self.key or not (place in wanted or (stage == _REMEMBERED and key in place)):
@@ -495,6 +494,19 @@ class RunDirectory:
     def places(self) -> list[str]:
         """Every stored part that is there."""
         return [place for folder in sorted(_FOLDERS) for place in self._names(f"{folder}/**/*.*")]
+
+    def set_aside_damaged(self) -> set[str]:
+        """Read every stored part; gives those that were lost, or damaged: they are moved away.
+
+        In a shard, beside which others may be at work on it, such a part is a DamagedError.
+        """
+        listed, known = dict(self._files), {*self._files, *self.places()}
+        for place in sorted(known):
+            with self._setting_aside(place) if self.shard.alone else nullcontext():
+                self.read(place)
+                if self.shard.alone and self._files[place] != listed.get(place, self._files[place]):
+                    raise DamagedError(f"{self.path / place} is damaged: it is not the file that its stage lists")
+        return known - self._files.keys()
 
     @contextmanager
     def _setting_aside(self, place: str) -> Iterator[None]:
@@ -569,7 +581,10 @@ class RunDirectory:
 
     def _load_stage(self, place: str) -> list[tuple[str, int, str]]:
         """Place, number of entries and checksum of each file of a finished stage; they are known from here on."""
-        files = self._fitting(f"{place}: files", self._read_json(place).get("files"), list[tuple[str, int, str]])
+        told = self._read_json(place)
+        files = self._fitting(f"{place}: files", told.get("files"), list[tuple[str, int, str]])
+        if told.get("stage") != Path(place).stem:
+            raise DamagedError(f"{self.path / place} is the list of another stage: {told.get('stage')!r}")
         if strange := [file for file, *_ in files if file.split("/")[0] not in _FOLDERS or ".." in file.split("/")]:
             raise DamagedError(f"{self.path}: {place} lists {strange[0]}, which is no stored part of a run")
         self._files = {file: (count, sha256) for file, count, sha256 in files} | self._files
@@ -605,7 +620,10 @@ class RunDirectory:
 
     def read_starts(self) -> list[Start]:
         """Every start, the first one first."""
-        return [self._fitting(place, self._read_json(place), Start) for place in self._names("starts/*.json")]
+        return [self._start(place) for place in self._names("starts/*.json")]
+
+    def _start(self, place: str) -> Start:
+        return self._fitting(place, self._read_json(place), Start)
 
     def facts(self) -> dict[str, Any]:
         """``config``, and what was remembered by its name: for pages."""
@@ -633,7 +651,8 @@ class RunDirectory:
                     found.damaged[name] = str(error)
 
         check(sorted({*run._names("stages/*.json"), *run._stages_of_results()}), run._load_stage)
-        check(run._names("plan/*.json") + run._names("starts/*.json"), run._read_json)
+        check(run._names("plan/*.json"), run._units)
+        check(run._names("starts/*.json"), run._start)
         check(run._names("timings.json"), run._read_json)
         check(["results.json"] * found.finished, lambda _: run._read_finished())
         listed, places = set(run._files), set(run.places())

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetyheads.errors import IncompleteError, InputError
 from safetyheads.files import leaves
@@ -17,13 +17,31 @@ _CLOSE = 1e-5
 _NEAR_TIES = "remembered/tolerance_"
 
 
+class Joinable(NamedTuple):
+    """Runs that can be joined."""
+
+    out: Path
+    runs: list[RunDirectory]
+    holders: dict[str, RunDirectory]
+    """Whose file of each place is taken."""
+    differing: list[str]
+    """Versions and devices in which they differ."""
+
+
 def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mixed: bool = False) -> int:
     """Join runs of the same settings into ``out``, which may hold a part of the run; returns the number of its files.
 
-    Nothing is written unless all fits: no file is damaged, no two disagree about one unit, and every unit of the plan
-    is in some directory. ``mixed`` lets runs of other devices or versions of libraries take part; the results say so.
-    Then numbers of one unit may differ by 1e-5, the first run's being kept; of limits of near-ties, which each machine
-    measures, the largest holds.
+    Nothing is written unless :func:`joinable` finds that all fits.
+    """
+    return join(joinable(out, folders, mixed), provenance)
+
+
+def joinable(out: Path, folders: Sequence[Path], mixed: bool = False) -> Joinable:
+    """Look at runs that are to be joined; writes nothing, and raises InputError unless all fits.
+
+    No file is damaged, no two disagree about one unit, and every unit of the plan is in some directory. ``mixed`` lets
+    runs of other devices or versions of libraries take part; the results say so. Then numbers of one unit may differ by
+    1e-5, the first run's being kept; of limits of near-ties, which each machine measures, the largest holds.
     """
     runs = [RunDirectory.look(folder) for folder in [*[out] * (out / "manifest.json").exists(), *folders]]
     first = runs[0]
@@ -39,7 +57,13 @@ def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mix
                     raise InputError(_disagreement(holder, run, place))
                 holders[place] = kept
     _refuse_gaps(runs[-len(folders) :], set(holders))
-    with RunDirectory.start(out, first.config, provenance, "merge") as merged:
+    return Joinable(out, runs, holders, differing)
+
+
+def join(found: Joinable, provenance: Mapping[str, Any]) -> int:
+    """Write what was looked at; returns the number of files."""
+    out, runs, holders, differing = found
+    with RunDirectory.start(out, runs[0].config, provenance, "merge") as merged:
         for place, run in sorted(holders.items()):
             if not run.path.samefile(out):
                 merged.take(place, run)

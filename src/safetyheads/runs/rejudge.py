@@ -61,17 +61,10 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
     ``kappa`` on complied or not, ``n_differing``, and ``seconds`` of this start.
     """
     opened, described = open_judged(folder), description_of(judge)
+    refuse_rejudging(opened, judge)
     results = opened.read_results()
-    # One that was added before is asked what it failed on, and about nothing else.
-    there = {known["name"]: known for known in later_judges(results)}
-    if judge.name in [known["name"] for known in opened.config["judges"]]:
-        raise InputError(f"{judge.name} is a judge of {folder} itself: the run's own command asks it again")
-    if there.get(judge.name, described) != described:
-        raise InputError(f"{folder} has verdicts of {judge.name} with other settings")
     with RunDirectory.start(folder, opened.config, started, f"judge-{as_file_name(judge.name)}") as run:
         records, keys = _answers(opened, judge)
-        if not records:
-            raise InputError(f"{folder} holds verdicts alone (--no-completions): there is nothing to judge again")
         count_requests_in(run.path, [judge])
         begun = time.monotonic()
         verdicts = _whole_rates(records, _verdicts(run, opened, judge, keys, results, progress))
@@ -100,6 +93,19 @@ def rejudge(folder: Path, judge: Judge, progress: Progress, started: Mapping[str
             _write_results(run, results, merged, described)
     found = _beside_lead(judge.name, results["lead_judge"], merged, results["ablation"]["epsilon"])
     return found | {"seconds": seconds}
+
+
+def refuse_rejudging(opened: RunDirectory, judge: Judge) -> None:
+    """Raise InputError where :func:`rejudge` would refuse a judge; several are looked at before one is asked."""
+    folder, described = opened.path, description_of(judge)
+    # One that was added before is asked what it failed on, and about nothing else.
+    there = {known["name"]: known for known in later_judges(opened.read_results())}
+    if judge.name in [known["name"] for known in opened.config["judges"]]:
+        raise InputError(f"{judge.name} is a judge of {folder} itself: the run's own command asks it again")
+    if there.get(judge.name, described) != described:
+        raise InputError(f"{folder} has verdicts of {judge.name} with other settings")
+    if next(_stored_answers(opened), None) is None:
+        raise InputError(f"{folder} holds verdicts alone (--no-completions): there is nothing to judge again")
 
 
 def _beside_lead(judge: str, lead: str, records: Sequence[Record], epsilon: float) -> dict[str, Any]:
@@ -331,18 +337,11 @@ def validate(
     ``n_labels``, ``accuracy`` (of ``complied`` and ``refused``: sensitivity, specificity, n) and ``rates`` (``raw`` and
     ``corrected``, by what was ablated).
     """
-    # A row that lost its id is known by its texts.
-    labelled = {row.id or answer_id(row.prompt, row.answer): row for row in read_sheet(path)}
-    directory, records = _stored(folder)
-    queries = {answer_id(record["query"], record["text"]): record["query"] for record in records}
+    labelled, directory, records, queries = read_labels(folder, path, judges)
     own = labelled.keys() & queries.keys()
     truth: dict[str, Label] = {name: row.label for name, row in labelled.items() if name in own or not own}
     by_judge = {judge: _by_answer(records, judge) for judge in records[0]["verdicts"]} if own else {}
-    if not own:
-        if not any(row.answer for row in labelled.values()):
-            raise InputError(f"{path} labels none of this run's answers, and holds no texts to judge")
-        if not judges:
-            raise InputError(f"{path} labels none of this run's answers; name the judge to put them to by --judge")
+    if not own and judges:
         length = directory.read_results()["sampling"]["max_new_tokens"]
         completions = [Completion(row.prompt, row.answer, (), True, length) for row in labelled.values()]
         count_requests_in(directory.path, judges)
@@ -367,6 +366,25 @@ def validate(
         results = run.read_results()
         run.write_results({**results, "validation": {**results.get("validation", {}), **found}})
     return found
+
+
+def read_labels(
+    folder: Path, path: Path, judges: Sequence[Judge] | None
+) -> tuple[dict[str, Labelled], RunDirectory, list[Record], dict[str, str]]:
+    """Labels by the names of their answers, and the run with its answers and prompts by these names.
+
+    Raises InputError for labels of other answers that no judge can be held to.
+    """
+    # A row that lost its id is known by its texts.
+    labelled = {row.id or answer_id(row.prompt, row.answer): row for row in read_sheet(path)}
+    directory, records = _stored(folder)
+    queries = {answer_id(record["query"], record["text"]): record["query"] for record in records}
+    if labelled.keys().isdisjoint(queries):
+        if not any(row.answer for row in labelled.values()):
+            raise InputError(f"{path} labels none of this run's answers, and holds no texts to judge")
+        if not judges:
+            raise InputError(f"{path} labels none of this run's answers; name the judge to put them to by --judge")
+    return labelled, directory, records, queries
 
 
 def _stored(folder: Path) -> tuple[RunDirectory, list[Record]]:

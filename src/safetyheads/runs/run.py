@@ -96,20 +96,16 @@ def is_demo(name: str) -> bool:
 def read_set(kind: Literal["harmful", "benign"], name: str, options: PromptOptions) -> PromptSet:
     """The prompts of one kind, without a template; of the demo, the test split."""
     seed = getattr(options, "seed", 0)
-    if is_demo(name):
-        return demo_prompts(kind, "test").sample(options.limit, seed)
     # Benign files have columns of their own. Harmful prompts have no right answer, unless they are the only ones.
     own = ("column", "context_column", "category_column") if kind == "harmful" else ()
     columns = {name: getattr(options, name) for name in own} or {"column": getattr(options, "benign_column", None)}
     has_references = kind == "benign" or getattr(options, "benign", NO_BENIGN) == NO_BENIGN
-    prompts = PromptSet.read(
-        name,
-        **columns,
-        reference_column=getattr(options, "reference_column", None) if has_references else None,
-        limit=options.limit,
-        seed=seed,
-    )
-    return prompts.with_clusters()
+    columns["reference_column"] = getattr(options, "reference_column", None) if has_references else None
+    if not is_demo(name):
+        return PromptSet.read(name, **columns, limit=options.limit, seed=seed).with_clusters()
+    for named in filter(None, columns.values()):
+        raise InputError(f"the demo's prompts have no column {named!r}")
+    return demo_prompts(kind, "test").sample(options.limit, seed)
 
 
 def read_sets(config: PromptOptions) -> dict[str, PromptSet]:

@@ -25,7 +25,8 @@ Record: TypeAlias = Mapping[str, Any]
 """A stored line of JSON."""
 Fits = TypeVar("Fits")
 _Count = Annotated[int, Meta(ge=0, lt=2**53)]
-_Finite = Annotated[float, Meta(gt=-1e308, lt=1e308)]
+Finite = Annotated[float, Meta(gt=-1e308, lt=1e308)]
+"""A number of JSON with which something can be computed."""
 
 
 class LaterRecord(TypedDict):
@@ -43,7 +44,7 @@ class AnswerRecord(TypedDict):
     set: str
     part: NotRequired[str]
     group: str
-    epsilon: NotRequired[_Finite | None]
+    epsilon: NotRequired[Finite | None]
     seed: int
     verdicts: dict[str, Verdict]
     behaviour: Label
@@ -60,7 +61,7 @@ class AnswerRecord(TypedDict):
     thinks: NotRequired[bool]
     thought: NotRequired[str]
     unclosed: NotRequired[bool]
-    surprise: NotRequired[_Finite]
+    surprise: NotRequired[Finite]
     cluster: NotRequired[int]
     category: NotRequired[str]
 
@@ -131,7 +132,7 @@ def converted(value: Any, kind: Callable[..., Fits]) -> Fits:
     """A value of JSON as a dataclass or another type; an error names the field that does not fit."""
     try:
         return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # half a surrogate pair where no text should be
         raise UnfitError(str(error).replace("`", "").replace("$.", "").replace("$", "")) from None
 
 
