@@ -48,15 +48,17 @@ READING = ("judge", "report", "compare")
 WITHOUT_BYTES = ("starts", "set-aside", "timings.json", ".lock-", ".gitignore", "history.html")
 """What may differ between two runs of the same bytes: dates (a sweep's page has them), seconds, what was set aside."""
 
-# Loads the model and all modules once, and forks for each line "moment how arguments": the moment at which the
-# process is killed in seconds of its processor time (by a signal without a handler, as kill -9), or as
-# the number of a write, or 0; of a write, how is "before" the file has its name, "half" with half of it, or "after".
-# Answers the exit status, how often it wrote, and its processor time.
-# A report's pictures cost a second and write nothing: here a digest of what they show stands for each.
+# Loads the model, all modules and the pages' templates once, and forks for each line "moment how arguments": the moment
+# at which the process is killed in seconds of its processor time (by a signal without a handler, as kill -9), or as
+# the number of a write or the name of what is written, or 0; of a write, how is "before" the file has its name, "half"
+# with half of it, or "after". Answers the exit status, its processor time, how often it wrote and the last file's name.
+# A report's pictures cost a second and write nothing: here a digest of what they show stands for each. Nothing waits
+# for the disk, as a process that is killed loses nothing of what it wrote.
 SERVER = """
 import json, os, signal, sys
 from hashlib import sha256
 from types import SimpleNamespace
+import scipy.stats
 import torch
 torch.set_num_threads(1)
 from safetyheads.cli import app, show
@@ -70,14 +72,16 @@ charts.vl_convert = SimpleNamespace(vegalite_to_png=draw)
 kept_answers._RECORDS_TOGETHER = 33  # eleven heads a file, so that there are several
 engine = load_demo("aligned_a").engine
 app.load_engine = lambda *_, **__: engine
-link, replace = os.link, os.replace
+link, replace, os.fsync = os.link, os.replace, lambda file: None
+for template in page._environment().list_templates(["j2"]):
+    page._environment().get_template(template)
 
 def child(moment, how, arguments):
-    written = 0
+    written, last = 0, ""
     def killed_at(write, partial, name):
-        nonlocal written
-        written += 1
-        ends = isinstance(moment, int) and written == moment
+        nonlocal written, last
+        written, last = written + 1, os.path.basename(name)
+        ends = moment in (str(written), last)
         if ends and how == "half":
             os.truncate(partial, os.path.getsize(partial) // 2)
         elif ends and how == "after":
@@ -89,8 +93,15 @@ def child(moment, how, arguments):
     os.replace = lambda *names: killed_at(replace, *names)
     try:
         app.main(arguments)
-    finally:
-        os.write(answers[1], written.to_bytes(4, "little"))
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    os.write(answers[1], f"{written} {last}".encode())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)  # what was loaded is not taken down piece by piece, which takes a second
 
 for line in sys.stdin:
     moment, how, *arguments = line.split()
@@ -100,15 +111,14 @@ for line in sys.stdin:
     answers = os.pipe()
     if (pid := os.fork()) == 0:
         os.dup2(2, 1)
-        if "." in moment:
+        if "." in moment and moment[0].isdigit():
             signal.setitimer(signal.ITIMER_VIRTUAL, float(moment))  # templates have the other timer
-        child(0 if "." in moment else int(moment), how, arguments)
-        os._exit(0)
+        child(moment, how, arguments)
     os.close(answers[1])
     _, status, used = os.wait4(pid, 0)
-    written = int.from_bytes(os.read(answers[0], 4), "little")
+    written = os.read(answers[0], 1000).decode() or "0 "
     os.close(answers[0])
-    print(os.waitstatus_to_exitcode(status), written, used.ru_utime, flush=True)
+    print(os.waitstatus_to_exitcode(status), used.ru_utime, written, flush=True)
 """
 
 
@@ -136,13 +146,13 @@ class Commands:
             self.server.stdin.close()
             self.server.wait()
 
-    def run(self, name: str, out: Path, moment: float = 0, how: str = "before") -> tuple[int, int, float]:
-        """The exit status (negative: the signal), the number of files written, and seconds of the processor."""
+    def run(self, name: str, out: Path, moment: float | str = 0, how: str = "before") -> tuple[int, float, int, str]:
+        """The exit status (negative: the signal), processor seconds, number of files written, and name of the last."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         print(moment, how, COMMANDS[name].replace("OUT", str(out)), file=self.server.stdin, flush=True)
-        status, written, seconds = self.server.stdout.readline().split()
-        return int(status), int(written), float(seconds)
+        status, seconds, written, last = self.server.stdout.readline().rstrip("\n").split(" ", 3)
+        return int(status), float(seconds), int(written), last
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,8 @@ class Whole:
     """Files written."""
     seconds: float
     """Time taken, of the processor."""
+    last: str
+    """Name of the file written last."""
 
     def fresh(self, out: Path) -> Path:
         """A place where the command can start."""
@@ -169,12 +181,12 @@ class Whole:
 def whole_run(commands: Commands, name: str, folder: Path, given: Path | None = None) -> Whole:
     """The command uninterrupted."""
     out = folder / name / "run"  # pages name their folder
-    whole = Whole(out, given, 0, 0.0)
+    whole = Whole(out, given, 0, 0.0, "")
     whole.fresh(out)
-    status, writes, seconds = commands.run(name, out)
+    status, seconds, writes, last = commands.run(name, out)
     if status:
         raise RuntimeError(f"{name} ended with {status}: {commands.errors.read_text()[-500:]}")
-    return Whole(out, given, writes, seconds)
+    return Whole(out, given, writes, seconds, last)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -189,11 +201,18 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def survives(
-    commands: Commands, name: str, whole: Whole, out: Path, moment: float, how: str = "before"
+    commands: Commands,
+    name: str,
+    whole: Whole,
+    out: Path,
+    moment: float,
+    how: str = "before",
+    twice: bool = False,
 ) -> tuple[str, bool]:
     """Where a command is killed, and whether it leaves, started again, the bytes of one that was not killed.
 
-    Nothing that was stored before the kill is computed again. A moment after its end is moved into its time.
+    Nothing that was stored before the kill is computed again. A moment after its end is moved into its time. Killed
+    ``twice``, it is started again and killed at its last file before it is left alone.
     """
     status, started = 0, 0
     while status not in (-signal.SIGKILL, -signal.SIGVTALRM):
@@ -202,12 +221,21 @@ def survives(
         if status > 0:
             raise RuntimeError(f"{name} ended with {status}: {commands.errors.read_text()[-500:]}")
         moment = max(0.001, moment * 0.9) if isinstance(moment, float) else max(1, moment - 1)
-    where = last_place(out, started)
-    stored = [path for folder in ("shards", "completions") for path in (out / folder).rglob("[!.]*.*")]
-    times = {path: path.stat().st_mtime_ns for path in stored}
+    where, times = last_place(out, started), times_stored(out)
+    if twice:
+        status, *_ = commands.run(name, out, whole.last)
+        if status != -signal.SIGKILL:
+            raise RuntimeError(f"{name} ended with {status} and wrote no {whole.last}")
+        times = times_stored(out) | times
     status, *_ = commands.run(name, out)
     same = contents(out) == contents(whole.out) and not list(out.rglob(".*.partial"))
     return where, status == 0 and same and all(path.stat().st_mtime_ns == when for path, when in times.items())
+
+
+def times_stored(out: Path) -> dict[Path, int]:
+    """When each stored measurement was written."""
+    stored = [path for folder in ("shards", "completions") for path in (out / folder).rglob("[!.]*.*")]
+    return {path: path.stat().st_mtime_ns for path in stored}
 
 
 def last_place(out: Path, started: int) -> str:
