@@ -91,7 +91,7 @@ def test_the_wrapped_checkpoint_refuses_under_every_wrapper_and_sahara_finds_its
 )
 def test_the_audit_finds_concentrated_heads_only_where_they_are_planted(name, labels, tmp_path):
     organism = demo(name)
-    config = AuditConfig(f"demo:{name}", "demo", benign="demo", n_random=19)
+    config = AuditConfig(f"demo:{name}", "demo", benign="demo", limit=40, n_random=19)
     results = run_audit(organism.engine, config, tmp_path / "run")
     verdict = results["verdict"]
     assert verdict["label"] in labels
