@@ -472,7 +472,7 @@ def merge(
     sweep are joined one after another.
     """
     from safetyheads.runs.directory import runs_within
-    from safetyheads.runs.merge import join, joinable
+    from safetyheads.runs.merge import joinable
     from safetyheads.runs.provenance import provenance
 
     if not runs:
@@ -480,7 +480,7 @@ def merge(
     within, looked = {run: runs_within(run) for run in runs}, []
     for name in sorted(set(chain.from_iterable(within.values()))):
         looked.append(joinable(out / name, [run / name for run in runs if name in within[run]], mixed))
-    n_files = sum(join(found, provenance(sys.argv)) for found in looked)
+    n_files = sum(join(provenance(sys.argv)) for join in looked)
     line = f"{out} holds {n_files} files of units and plans; the run's own command with --out {out} goes on from there"
     _show({"out": str(out), "files": n_files}, output, lambda: show.print_lines([line]))
     return 0

@@ -1,8 +1,9 @@
 """Joins the directories of a run's shards: one file of each unit, once all that hold it agree."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetyheads.errors import IncompleteError, InputError
 from safetyheads.files import leaves
@@ -17,27 +18,16 @@ _CLOSE = 1e-5
 _NEAR_TIES = "remembered/tolerance_"
 
 
-class Joinable(NamedTuple):
-    """Runs that can be joined."""
-
-    out: Path
-    runs: list[RunDirectory]
-    holders: dict[str, RunDirectory]
-    """Whose file of each place is taken."""
-    differing: list[str]
-    """Versions and devices in which they differ."""
-
-
 def merge(out: Path, folders: Sequence[Path], provenance: Mapping[str, Any], mixed: bool = False) -> int:
     """Join runs of the same settings into ``out``, which may hold a part of the run; returns the number of its files.
 
     Nothing is written unless :func:`joinable` finds that all fits.
     """
-    return join(joinable(out, folders, mixed), provenance)
+    return joinable(out, folders, mixed)(provenance)
 
 
-def joinable(out: Path, folders: Sequence[Path], mixed: bool = False) -> Joinable:
-    """Look at runs that are to be joined; writes nothing, and raises InputError unless all fits.
+def joinable(out: Path, folders: Sequence[Path], mixed: bool = False) -> Callable[[Mapping[str, Any]], int]:
+    """Look at runs that are to be joined, and give what joins them; raises InputError unless all fits.
 
     No file is damaged, no two disagree about one unit, and every unit of the plan is in some directory. ``mixed`` lets
     runs of other devices or versions of libraries take part; the results say so. Then numbers of one unit may differ by
@@ -57,12 +47,16 @@ def joinable(out: Path, folders: Sequence[Path], mixed: bool = False) -> Joinabl
                     raise InputError(_disagreement(holder, run, place))
                 holders[place] = kept
     _refuse_gaps(runs[-len(folders) :], set(holders))
-    return Joinable(out, runs, holders, differing)
+    return partial(_join, out, runs, holders, differing)
 
 
-def join(found: Joinable, provenance: Mapping[str, Any]) -> int:
-    """Write what was looked at; returns the number of files."""
-    out, runs, holders, differing = found
+def _join(
+    out: Path,
+    runs: Sequence[RunDirectory],
+    holders: Mapping[str, RunDirectory],
+    differing: Sequence[str],
+    provenance: Mapping[str, Any],
+) -> int:
     with RunDirectory.start(out, runs[0].config, provenance, "merge") as merged:
         for place, run in sorted(holders.items()):
             if not run.path.samefile(out):
