@@ -25,7 +25,7 @@ from safetyheads import (
 from safetyheads.answers import drafts as drafts_module
 from safetyheads.answers import judging as judging_module
 from safetyheads.answers.decoding import GREEDY, TOP_5, Answer, Decoding, Sampling, ShortContextWarning, end_tokens
-from safetyheads.answers.drafts import DraftPass, Economy, VerifiedDrafts, unablated_answers
+from safetyheads.answers.drafts import Draft, DraftPass, Economy, VerifiedDrafts, unablated_answers
 from safetyheads.answers.judging import Judging, answers_under
 from safetyheads.answers.success import scan_attack_success_rate, summarise
 from safetyheads.judges.base import Completion, Verdict
@@ -33,6 +33,7 @@ from safetyheads.judges.keywords import KeywordRules
 from safetyheads.model.architecture import Capabilities
 from safetyheads.model.engine import Engine
 from safetyheads.model.loading import use_our_attention
+from safetyheads.model.planning import Plan
 from safetyheads.prompts.asked import decode_text
 
 torch.set_num_threads(1)
@@ -547,6 +548,14 @@ def test_memory_that_runs_out_once_changes_nothing(sampling, where, monkeypatch)
 
 
 # The table of rates
+
+
+def test_a_batch_that_was_halved_has_the_name_that_stored_runs_know_it_by():
+    drafts = Draft((5, 9), (3,)), Draft((4,), (3, 2))
+    ablation, plan = UNDIFFERENTIATED_ATTENTION, Plan(((0,), (1,)), 4, 1)
+    compared = DraftPass(engine_of("llama_gqa"), drafts, ablation, TOP_5, plan)
+    groups = ((Head(0, 1),), (Head(1, 0), Head(1, 1)))
+    assert compared._key(groups, [1, 0]) == "4740707f8ee76349de5cd9c67456e4a8bfce7922b07f1d61d251d0853201aaa5"
 
 
 def test_values_hold_each_head_where_it_was_scanned_and_scored():

@@ -123,6 +123,17 @@ def test_drafts_that_do_not_fit_the_memory_are_not_used(organism, tmp_path, monk
     assert records(organism, GREEDY, True, monkeypatch, tmp_path / "run", 1)[0] == {"plain"}
 
 
+@pytest.mark.parametrize("kind", ["plan_drafts", "tolerance", "economy", "drafts_fit"])
+def test_what_was_found_of_drafts_is_found_again_where_its_file_is_damaged(organism, tmp_path, monkeypatch, kind):
+    arguments = organism, GREEDY, False, monkeypatch, tmp_path, 1
+    found = records(*arguments)
+    (file,) = (tmp_path / "remembered").glob(f"{kind}*")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    assert records(*arguments) == found  # all answers are there
+    assert file.read_bytes() == whole
+
+
 def test_a_record_gives_its_answer_back(organism):
     judging = Judging(organism.engine, organism.benign[:2], judges_named(["phrases", "paper"]), 12)
     answers = generate(organism.engine, organism.benign[:2], 12)

@@ -136,7 +136,8 @@ class DraftPass:
         return compared, self.n_tokens * sum(shares)
 
     def _key(self, groups: Sequence[Group], indices: Sequence[int]) -> str:
-        compared = self.drafts, self.ablation, self.sampling, asdict(self.plan), [groups[index] for index in indices]
+        plan = asdict(self.plan) | {"rows": [*map(list, self.plan.rows)]}  # as stored names were made of it
+        compared = self.drafts, self.ablation, self.sampling, plan, [groups[index] for index in indices]
         return hashlib.sha256(repr(compared).encode()).hexdigest()
 
     @torch.inference_mode()

@@ -240,8 +240,11 @@ class RunDirectory:
         return None
 
     def remembers(self, *names: str) -> bool:
-        """Whether something is stored under each name."""
-        return all(self._is_there(_remembered_place(name)) for name in names)
+        """Whether something is stored under each name; what is damaged is set aside first."""
+        for place in filter(self._is_there, places := [*map(_remembered_place, names)]):
+            with self._setting_aside(place):
+                self.read(place)
+        return all(map(self._is_there, places))
 
     def remembered(self, prefix: str = "") -> dict[str, Any]:
         """What was remembered under names that begin so."""
