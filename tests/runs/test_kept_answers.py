@@ -1,9 +1,11 @@
 """Both paths to an answer give the same records; a record gives its answer back; random groups are drawn once."""
 
+import re
 from types import SimpleNamespace
 
 import own_judges
 import pytest
+from sealed_runs import seal
 
 from safetyheads import UNDIFFERENTIATED_ATTENTION, Head, generate, parse_heads
 from safetyheads.answers.decoding import GREEDY, TOP_5, Answer, Decoding
@@ -123,13 +125,16 @@ def test_drafts_that_do_not_fit_the_memory_are_not_used(organism, tmp_path, monk
     assert records(organism, GREEDY, True, monkeypatch, tmp_path / "run", 1)[0] == {"plain"}
 
 
+@pytest.mark.parametrize("fits", [False, True], ids=["cut", "another type"])
 @pytest.mark.parametrize("kind", ["plan_drafts", "tolerance", "economy", "drafts_fit"])
-def test_what_was_found_of_drafts_is_found_again_where_its_file_is_damaged(organism, tmp_path, monkeypatch, kind):
+def test_what_was_found_of_drafts_is_found_again_where_its_file_is_damaged(organism, tmp_path, monkeypatch, kind, fits):
     arguments = organism, GREEDY, False, monkeypatch, tmp_path, 1
     found = records(*arguments)
     (file,) = (tmp_path / "remembered").glob(f"{kind}*")
     whole = file.read_bytes()
-    file.write_bytes(whole[:-9])
+    file.write_bytes(re.sub(rb'"value":.*', b'"value":"x"}', whole) if fits else whole[:-9])
+    if fits:
+        seal(tmp_path, f"remembered/{file.name}", alone=True)
     assert records(*arguments) == found  # all answers are there
     assert file.read_bytes() == whole
 

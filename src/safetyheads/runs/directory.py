@@ -239,13 +239,6 @@ class RunDirectory:
             return value if fits is None or fits(value) else None
         return None
 
-    def remembers(self, *names: str) -> bool:
-        """Whether something is stored under each name; what is damaged is set aside first."""
-        for place in filter(self._is_there, places := [*map(_remembered_place, names)]):
-            with self._setting_aside(place):
-                self.read(place)
-        return all(map(self._is_there, places))
-
     def remembered(self, prefix: str = "") -> dict[str, Any]:
         """What was remembered under names that begin so."""
         found, begun = dict[str, Any](), f"{_REMEMBERED}/{as_file_name(prefix)[:_LONGEST_NAME]}"

@@ -24,6 +24,7 @@ from safetyheads.answers.judging import JudgedAnswer, Judging
 from safetyheads.answers.surprise import AnswerKey, Surprises, answer_key, row_tokens
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.base import Judge, Label, Verdict
+from safetyheads.model.planning import Plan
 from safetyheads.prompts.prompt_set import Prompt
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory, records_place
@@ -51,6 +52,8 @@ _MOST_PARTS, _LEAST_PROMPTS = 16, 16
 _LEAST_DRAFTED = 8
 
 
+# What is remembered of drafts, as results tell it.
+_OF_DRAFTS = (("plan_drafts", Plan), ("tolerance", float), ("economy", Economy))
 # What answers and records have alike; and what a record has only where it is told.
 _AS_IT_IS = ("finished", "complete", "route", "changed", "behaviour", "answered")
 _WHERE_TOLD = ("surprise", "thinks", "thought", "unclosed")
@@ -404,7 +407,7 @@ class KeptAnswers:
     def _drafts_pay(self, n_groups: int, ablation: Ablation) -> bool:
         """Whether groups are answered by drafts; a resumed run decides as the first start did."""
         plan = f"plan_drafts_{self._key(ablation, self._blocks[0])}"
-        if n_groups < _LEAST_DRAFTED and not self.directory.remembers(plan):
+        if n_groups < _LEAST_DRAFTED and self.directory.recalled(plan, Plan) is None:
             return False
         fit = self.directory.recalled(f"drafts_fit_{self._key()}", bool)
         if fit is None:
@@ -460,8 +463,8 @@ class KeptAnswers:
             named = [(number, format_heads(group), part) for number, group in places]
             cost, *chunk = self._kept(stage, fields, compute, named, n_before=1)
             self.costs[content_key(fields)] = Economy(**cost)
-            kinds = ("plan_drafts", "tolerance", "economy") if drafted else ()  # results tell what the drafts cost
-            if not self.directory.remembers(*(f"{kind}_{self._key(ablation, block)}" for kind in kinds)):
+            key = self._key(ablation, block)
+            if drafted and None in (self.directory.recalled(f"{name}_{key}", kind) for name, kind in _OF_DRAFTS):
                 self._drafts_under(ablation, block)
             return chunk if self.holds_texts else [without_texts(record, self._shared) for record in chunk]
 
