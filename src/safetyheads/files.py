@@ -125,8 +125,9 @@ def read_regular(path: Path, follows_links: bool = True, most: int | None = _MOS
                 os.close(descriptor)
                 raise InputError(f"{path} cannot be read: it is no file, but a directory, a pipe or a device")
             with open(descriptor, "rb") as file:
-                # A file of the system's own says that it has no size, and may be endless.
-                content = file.read(-1 if most is None else most + 1 if found.st_size <= most else 0)
+                # As much memory as is asked for is taken. A file of the system's own has no size, and may be endless.
+                size = -1 if most is None else (found.st_size or most) + 1
+                content = file.read(size if most is None or found.st_size <= most else 0)
     except ValueError as error:  # a name that no path can have
         if isinstance(error, InputError):
             raise

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safetyheads.errors import InputError, time_limit
+from safetyheads.files import read_regular
 from safetyheads.prompts.files import KNOWN_BENCHMARKS, QUERY_COLUMNS, Benchmark, Columns, cache_directory, read_rows
 from safetyheads.prompts.prompt_set import Prompt, PromptSet
 
@@ -160,6 +162,16 @@ def test_what_is_no_regular_file_of_some_size_is_never_waited_for(tmp_path, monk
     with pytest.raises(InputError, match=r"cannot be read|is larger than|cannot be a path") as error:
         read_rows(tmp_path / name if "\0" not in name else Path(name))
     assert "\n" not in str(error.value)
+
+
+def test_a_small_file_takes_no_more_memory_than_it_has_bytes(tmp_path):
+    (tmp_path / "small").write_bytes(b"{}")
+    tracemalloc.start()
+    try:
+        assert read_regular(tmp_path / "small") == b"{}"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
