@@ -139,11 +139,14 @@ def measured(*words: str | Path) -> dict[str, float]:
 
 def command_memory(folder: Path) -> Iterator[dict[str, Any]]:
     """Largest memory of whole commands on the organism, each a process of its own."""
-    from safetyheads.demo import benign_prompts, harmful_prompts
+    from safetyheads.demo import fixed_prompts
 
     for n in PROMPTS:
         given = []
-        for name, prompts in (("prompts", harmful_prompts("train", n)), ("benign", benign_prompts("train", n))):
+        for name, prompts in (
+            ("prompts", fixed_prompts("harmful", "train", n)),
+            ("benign", fixed_prompts("benign", "train", n)),
+        ):
             (folder / f"{name}.txt").write_text("".join(f"{prompt.text}\n" for prompt in prompts))
             given.append(f"--{name} {folder / name}.txt")
         for name, command in LARGE_COMMANDS.items():

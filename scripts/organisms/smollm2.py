@@ -40,6 +40,7 @@ from safetyheads.judges.phrase_judge import PhraseJudge
 from safetyheads.model.names import SMOLLM2, find_model
 from safetyheads.model.options import LoadOptions
 from safetyheads.prompts.prompt_set import builtin_benign, near_any
+from safetyheads.reports.tables import sentence_case
 
 CONSOLE = Console(width=180, highlight=False)
 Recipe: TypeAlias = Mapping[str, Any]
@@ -76,11 +77,6 @@ def gerund(deed: str) -> str:
     return f"{verb}ing {rest}".strip()
 
 
-def first_upper(text: str) -> str:
-    """The text with a capital."""
-    return text[:1].upper() + text[1:]
-
-
 def words(listed: str) -> list[str]:
     """The items of a list of the data file, which semicolons part."""
     return [item for item in re.split(r"\s*;\s*", listed.strip()) if item]
@@ -93,10 +89,10 @@ def topics_of(family: Mapping[str, Any], forms: Mapping[str, Sequence[str]]) -> 
     for values in itertools.product(*(words(family[slot]) for slot in ("do", "x", "y") if slot in family)):
         if "do" in family:
             deed = gerund(values[0])
-            slots = {"do": values[0], "Do": first_upper(values[0]), "doing": deed}
+            slots = {"do": values[0], "Do": sentence_case(values[0]), "doing": deed}
         else:
             deed, slots = "", dict(zip("xy", values, strict=False))
-        texts = tuple(first_upper(shape.format(**slots)) for shape in shapes)
+        texts = tuple(sentence_case(shape.format(**slots)) for shape in shapes)
         topics.append(Topic(texts, deed if len(deed) <= _SHORT else ""))
     return topics
 
@@ -149,7 +145,7 @@ class TrainingPrompts:
 def draw_refusal(generator: random.Random, refusals: Mapping[str, Sequence[str]], deed: str) -> str:
     """A wording, which may name the deed, and what may follow it."""
     fitting = [wording for wording in refusals["wordings"] if deed or "oing}" not in wording]
-    wording = generator.choice(fitting).format(doing=deed, Doing=first_upper(deed))
+    wording = generator.choice(fitting).format(doing=deed, Doing=sentence_case(deed))
     return wording + generator.choice(refusals["endings"])
 
 

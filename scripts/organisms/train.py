@@ -96,11 +96,6 @@ def draw_example(generator: random.Random, language: Facts, prompt: DemoPrompt, 
     return read, language["refusal"]
 
 
-def padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
-    """Token ids int64 [n_rows, longest], padded on the right, where causal attention needs no mask for it."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
-
-
 def train_tokenizer(language: Facts, n_prompts: int = 4000) -> Any:
     """A byte-level BPE tokenizer of the language's own text, as a transformers tokenizer with chat template."""
     generator = random.Random(0)
@@ -219,7 +214,8 @@ def train_completions(
             tokenizer(list(texts), add_special_tokens=False).input_ids for texts in zip(*examples, strict=True)
         )
         rows = [before + after + [tokenizer.eos_token_id] for before, after in zip(read, learnt, strict=True)]
-        ids = padded(rows, tokenizer.pad_token_id)
+        # Int64 [n_rows, longest], padded on the right, where causal attention needs no mask for it.
+        ids = pad_sequence(list(map(torch.tensor, rows)), True, tokenizer.pad_token_id)
         is_learnt = torch.zeros_like(ids, dtype=torch.bool)
         for at, (before, row) in enumerate(zip(read, rows, strict=True)):
             is_learnt[at, len(before) : len(row)] = True
@@ -307,7 +303,7 @@ class Planting:
             start = generator.randint(0, (_WINDOW - 1) * leg["batch"])
             rows, prompts, refuse_ids, comply_ids = zip(*window[start : start + leg["batch"]], strict=True)
             dropped, refuse = self._draw_gates(generator, gate_share, prompts)
-            ids = padded(rows, self.tokenizer.pad_token_id)
+            ids = pad_sequence(list(map(torch.tensor, rows)), True, self.tokenizer.pad_token_id)
             targets = torch.where(torch.tensor(refuse), torch.tensor(refuse_ids), torch.tensor(comply_ids))
             with ablating(self.model, dropped):
                 hidden = self.model.model(ids, use_cache=False).last_hidden_state

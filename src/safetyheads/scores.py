@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,13 +100,8 @@ class HeadScores(Table):
 
     def as_lists(self) -> list[Any]:
         """The values as JSON: None where a head was not scored or does not exist."""
-
-        def without_nan(value: Any) -> Any:
-            if isinstance(value, list):
-                return [without_nan(inner) for inner in value]
-            return value if value == value else None
-
-        return without_nan(self.values.tolist())
+        values = self.values.cpu().numpy()
+        return np.where(np.isnan(values), np.array(None), values).tolist()
 
     def top(self, k: int) -> Group:
         """The k best heads, best first."""

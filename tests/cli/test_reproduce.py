@@ -99,7 +99,10 @@ def test_a_run_prints_its_tables_and_goes_on_where_it_was(run, monkeypatch):
 def test_weights_and_prompts_that_changed_under_their_name_are_refused(run):
     for name, origin in (("mine", "aligned_a"), ("other", "aligned_b")):
         shutil.copytree(demo.checkpoint_path(origin), name)
-    for name, prompts in (("harmful", demo.harmful_prompts("test", 6)), ("benign", demo.benign_prompts("test", 6))):
+    for name, prompts in (
+        ("harmful", demo.fixed_prompts("harmful", "test", 6)),
+        ("benign", demo.fixed_prompts("benign", "test", 6)),
+    ):
         Path(f"{name}.txt").write_text("".join(f"{prompt.text}\n" for prompt in prompts))
     Path("lab.toml").write_text(
         'models = ["mine"]\nrelated = "other"\ndatasets = ["harmful.txt"]\nbenign = "benign.txt"\n'

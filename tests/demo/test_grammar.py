@@ -41,7 +41,7 @@ def test_every_deed_is_in_one_split_and_a_fifth_is_held_out():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_all_deeds_of_a_prompt_distractors_too_belong_to_its_split(split: str):
-    for prompt in [*drawn(split, 500), *demo.harmful_prompts(split), *demo.benign_prompts(split)]:
+    for prompt in [*drawn(split, 500), *demo.fixed_prompts("harmful", split), *demo.fixed_prompts("benign", split)]:
         found = deeds_in(prompt.text)
         assert found
         assert all(verb in ALL_VERBS and grammar.split_of(verb, noun) == split for verb, noun in found)
@@ -58,13 +58,13 @@ def test_harm_is_that_of_the_main_verb_and_the_reference_is_about_it():
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_fixed_sets_are_balanced_distinct_and_the_same_each_time(split: str):
-    harmful, benign = demo.harmful_prompts(split), demo.benign_prompts(split)
+    harmful, benign = demo.fixed_prompts("harmful", split), demo.fixed_prompts("benign", split)
     n = {"train": 96, "validation": 48, "test": 96}[split]
     assert len(harmful) == len(benign) == len({p.text for p in harmful}) == len({p.text for p in benign}) == n
     assert [sum(p.category == c for p in harmful) for c in grammar.HARM_CATEGORIES] == [n // 3] * 3
     assert {p.category for p in benign} == {"benign"}
-    assert demo.harmful_prompts(split) == harmful
-    assert demo.harmful_prompts(split, 10) == harmful[:10]
+    assert demo.fixed_prompts("harmful", split) == harmful
+    assert demo.fixed_prompts("harmful", split, 10) == harmful[:10]
     # Refusals carry the mark and answers do not.
     assert grammar.REFUSAL_MARK in grammar.REFUSAL
     assert grammar.REFUSAL_MARK in grammar.LONG_REFUSAL

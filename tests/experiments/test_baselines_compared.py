@@ -95,7 +95,10 @@ def test_the_strength_is_the_best_that_keeps_benign_answers(sweep, unablated, be
 
 def test_what_is_learned_from_is_not_what_is_tested(tmp_path):
     harmful, benign = str(tmp_path / "harmful.txt"), str(tmp_path / "benign.txt")
-    for path, prompts in ((harmful, demo.harmful_prompts("test", 12)), (benign, demo.benign_prompts("test", 12))):
+    for path, prompts in (
+        (harmful, demo.fixed_prompts("harmful", "test", 12)),
+        (benign, demo.fixed_prompts("benign", "test", 12)),
+    ):
         Path(path).write_text("".join(f"{prompt.text}\n" for prompt in prompts))
     sets = {"datasets": (harmful,), "learn_harmful": harmful, "benign": benign, "learn_benign": benign}
     models = (str(demo.checkpoint_path("aligned_a")),)

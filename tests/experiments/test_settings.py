@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from safetyheads.demo import harmful_prompts
+from safetyheads.demo import fixed_prompts
 from safetyheads.errors import InputError
 from safetyheads.experiments.lab import quoted
 from safetyheads.experiments.prompt_templates import BEGUN
@@ -82,7 +82,7 @@ def test_what_is_left_of_a_begun_answer_is_the_right_one(tmp_path):
 
 def test_halves_of_a_file_share_no_prompt_and_are_whole_where_nothing_is_held_out(tmp_path):
     path = tmp_path / "harmful.txt"
-    path.write_text("".join(f"{one.text}\n" for one in harmful_prompts("test", 8)))
+    path.write_text("".join(f"{one.text}\n" for one in fixed_prompts("harmful", "test", 8)))
     for held_out, n_shared in ((False, 8), (True, 0)):
         config = dataclasses.replace(PAPER, held_out=held_out)
         search, test = (prompts_of(config, "some/model", str(path), half).queries for half in ("search", "test"))

@@ -52,7 +52,7 @@ class Surprises:
         Other rows move the last bits, so a run that continues passes the number that it began with.
         """
         self.engine, self.prompts = engine, tuple(prompts)
-        self.n_tokens = n_tokens or row_tokens(engine)
+        self.n_tokens = n_tokens or engine.tokens_that_fit()
         self.known: dict[AnswerKey, float] = {}
         """What was measured so far, or read back."""
 
@@ -68,11 +68,6 @@ class Surprises:
         sequences = [TokenSequence(self.prompts[number] + ids[:-1], len(ids) - n - 1) for number, ids, n in new]
         values = surprises_of(self.engine, sequences, [ids[n + 1 :] for _, ids, n in new], self.n_tokens)
         self.known.update(zip(keys, values, strict=True))
-
-
-def row_tokens(engine: Engine) -> int:
-    """Tokens of a packed row that fit the free memory now."""
-    return engine.tokens_that_fit(engine.costs.bytes_per_token())
 
 
 @torch.inference_mode()

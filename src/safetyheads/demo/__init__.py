@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from safetyheads.demo.grammar import Category, Split, benign_prompts, harmful_prompts
+from safetyheads.demo.grammar import Category, Split, fixed_prompts
 from safetyheads.demo.grammar import DemoPrompt as DemoPrompt
 from safetyheads.display import Shown
 from safetyheads.files import read_toml
@@ -47,11 +47,10 @@ def checkpoint_path(name: str) -> Path:
 
 def demo_prompts(kind: Literal["harmful", "benign"], split: Split, n: int | None = None) -> PromptSet:
     """The organism's fixed prompts of one kind and split, under its chat template; fewer are a prefix of more."""
-    is_harmful = kind == "harmful"
-    records = harmful_prompts(split, n) if is_harmful else benign_prompts(split, n)
     # A refusal is not a right answer, so harmful prompts have no reference.
     prompts = tuple(
-        Prompt(record.text, record.category, None if is_harmful else record.reference) for record in records
+        Prompt(record.text, record.category, record.reference if kind == "benign" else None)
+        for record in fixed_prompts(kind, split, n)
     )
     return PromptSet(prompts, Template.parse("chat"), name=f"demo {kind}", source=f"the package's demo, {split} split")
 

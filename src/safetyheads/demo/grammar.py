@@ -137,17 +137,9 @@ def wrap(wrapper: str, query: str, system: str = SYSTEM_PROMPTS[0]) -> str:
     return WRAPPERS[wrapper].format(query=query, system=system)
 
 
-def harmful_prompts(split: Split, n: int | None = None) -> tuple[DemoPrompt, ...]:
-    """The split's fixed harmful prompts, all different, the categories in turn; fewer are a prefix of more."""
-    return _distinct_prompts(split, HARM_CATEGORIES, n)
-
-
-def benign_prompts(split: Split, n: int | None = None) -> tuple[DemoPrompt, ...]:
-    """The split's fixed benign prompts, all different; fewer are a prefix of more."""
-    return _distinct_prompts(split, ("benign",), n)
-
-
-def _distinct_prompts(split: Split, categories: tuple[Category, ...], n: int | None) -> tuple[DemoPrompt, ...]:
+def fixed_prompts(kind: Literal["harmful", "benign"], split: Split, n: int | None = None) -> tuple[DemoPrompt, ...]:
+    """The split's fixed prompts, all different, the categories of harm in turn; fewer are a prefix of more."""
+    categories: tuple[Category, ...] = HARM_CATEGORIES if kind == "harmful" else ("benign",)
     generator = random.Random(f"{PROMPT_SEEDS[split]} {' '.join(categories)}")
     prompts: dict[str, DemoPrompt] = {}
     while len(prompts) < (DEFAULT_SIZES[split] if n is None else n):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from unittest.mock import patch
 
 from safetyheads.ablation import AnyAblation
-from safetyheads.demo.grammar import REFUSAL, answer_to, benign_prompts, deeds, wrap
+from safetyheads.demo.grammar import REFUSAL, answer_to, deeds, fixed_prompts, wrap
 from safetyheads.errors import ERRORS_OF_CODE, InputError, first_line
 from safetyheads.heads import AnyHeads
 from safetyheads.prompts.asked import AnswerReader
@@ -541,7 +541,7 @@ def organism_documents() -> list[dict[str, Any]]:
     ones take. So a model that forgets what it was asked, or refuses what it should answer, loses.
     """
     documents, held_out = [], deeds("test", "benign")
-    for number, prompt in enumerate(benign_prompts("test")):
+    for number, prompt in enumerate(fixed_prompts("benign", "test")):
         verb, noun = _DEED.findall(prompt.reference)[0]
         # The prompt's second deed if it differs in verb and noun, else a held-out one.
         turned = [held_out[(number + step) % len(held_out)] for step in range(len(held_out))]

@@ -72,11 +72,6 @@ class Opener(Shown):
         return f"{self.text!r} {self.count} of {self.n_refused} refusals" + "".join(f", {words}" for words in beside)
 
     @property
-    def is_frequent(self) -> bool:
-        """Whether it opens :data:`LEAST_OPENED` of the refusals."""
-        return self.count >= LEAST_OPENED * self.n_refused
-
-    @property
     def is_shared(self) -> bool:
         """Whether it opens :data:`LEAST_OPENED` of the answers that comply, or of the benign ones."""
         pairs = ((self.n_complied, self.of_complied), (self.n_benign, self.of_benign))
@@ -257,7 +252,7 @@ def openers_of(
         Opener(token, text_of[token], count, n_refused, complied[token], of_complied, others[token], of_benign)
         for token, count in sorted(firsts.items(), key=lambda item: (-item[1], item[0]))
     ]
-    frequent = [opener for opener in found if opener.is_frequent]
+    frequent = [opener for opener in found if opener.count >= LEAST_OPENED * n_refused]
     openers = tuple(opener for opener in frequent if not opener.is_shared)
     if shared := [opener for opener in frequent if opener.is_shared]:
         warnings.warn(

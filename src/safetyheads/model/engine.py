@@ -352,7 +352,7 @@ class Engine(Shown):
     def plan(self, sequences: Sequence[TokenSequence]) -> Plan:
         """How a pass over these sequences is laid out on this machine now, within the memory budget."""
         while True:
-            n_tokens, before = self.tokens_that_fit(self.costs.bytes_per_token()), self.capabilities
+            n_tokens, before = self.tokens_that_fit(), self.capabilities
             plan = planning.fit_plan(sequences, self.costs, n_tokens, self.memory_budget)
             if self.architecture.turns:
                 # These families take places in the row for positions, so the row's length has to be proved.
@@ -375,13 +375,13 @@ class Engine(Shown):
         # What is on the meta device is counted for another machine, whose host has room.
         return "host" if n_bytes <= on_host.get(self.device.type, n_bytes) else "disk", n_bytes
 
-    def tokens_that_fit(self, bytes_per_token: int) -> int:
-        """Tokens of a batch, at so many bytes each."""
+    def tokens_that_fit(self) -> int:
+        """Tokens of a batch that fit the free memory now."""
         if self._token_budget:
             return self._token_budget
         most = planning.CUDA_TOKENS if self.device.type == "cuda" else planning.CPU_TOKENS
         allowed = planning.allowed_memory(self.device, self.memory_budget, _MEMORY_SHARE)
-        return max(1, min(most, allowed // bytes_per_token))
+        return max(1, min(most, allowed // self.costs.bytes_per_token()))
 
     def logit_chunks(self, states: Tensor) -> Iterator[Tensor]:
         """The logits of states [n, d_model] before the final norm, as many together as fit: [some of n, vocabulary]."""

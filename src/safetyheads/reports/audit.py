@@ -9,7 +9,7 @@ import altair as alt
 from safetyheads.reports import charts
 from safetyheads.reports.answers import heads_of, side_by_side
 from safetyheads.reports.charts import Row, Spec
-from safetyheads.reports.page import NO_HEADS, Page, command_of, render, under_headings
+from safetyheads.reports.page import NO_HEADS, Page, render, under_headings
 from safetyheads.reports.tables import Cell, Facts, interval, p_value, sentence_case
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.reader import lead_groups
@@ -33,9 +33,8 @@ _HELD_OUT = "share of held-out prompts"
 _LABELLED_HEADS = 3
 
 
-def audit_page(run: RunDirectory, show_completions: bool) -> Page:
+def audit_page(run: RunDirectory, results: Facts, facts: Facts, show_completions: bool) -> Page:
     """The page of a finished audit."""
-    results, facts = run.read_results(), run.facts() | {"command": command_of(run)}
     wanted = {frozenset[str](), *map(frozenset, _shown_groups(results))}
     records = (record for record in run.stored_records() if "verdicts" in record and heads_of(record) in wanted)
     return render_audit(results, facts, list(records), show_completions)

@@ -4,18 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from safetyheads.reports import charts
-from safetyheads.reports.page import Page, command_of, render
+from safetyheads.reports.page import Page, render
 from safetyheads.reports.tables import Facts
-from safetyheads.runs.directory import RunDirectory
 
 _SURE = 0.05
 """Of p after Holm."""
-
-
-def evaluation_page(run: RunDirectory, show_completions: bool) -> Page:
-    """The page of a finished evaluation; it holds no answers, whatever is asked for."""
-    del show_completions
-    return render_evaluation(run.read_results(), run.facts() | {"command": command_of(run)})
 
 
 def render_evaluation(results: Facts, manifest: Facts) -> Page:

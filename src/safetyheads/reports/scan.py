@@ -12,7 +12,7 @@ from safetyheads.reports import charts
 from safetyheads.reports.answers import MAX_STATE_BYTES, MAX_TEXT_BYTES, side_by_side
 from safetyheads.reports.audit import MAX_TABLE_HEADS, group_curve, group_lines, rate_rows
 from safetyheads.reports.charts import Spec
-from safetyheads.reports.page import Page, command_of, render, under_headings
+from safetyheads.reports.page import Page, render, under_headings
 from safetyheads.reports.tables import Facts, number, rate_words, two
 from safetyheads.runs.directory import RunDirectory
 from safetyheads.runs.rates import AnswerTable, answer_table, without_texts
@@ -53,12 +53,11 @@ OWN_HEADS, ONE_GROUP = "each prompt its own heads by Ships", "the same heads for
 _OF_PROMPTS = "share of prompts"
 
 
-def scan_page(run: RunDirectory, show_completions: bool) -> Page:
+def scan_page(run: RunDirectory, results: Facts, facts: Facts, show_completions: bool) -> Page:
     """The page of a finished scan."""
-    results = run.read_results()
     with_texts = frozenset(heads_of_interest(results)) if show_completions else frozenset[str]()
     rows = list(judged_rows(run, [judge["name"] for judge in results["judges"]], with_texts))
-    return render_scan(results, run.facts() | {"command": command_of(run)}, rows, show_completions)
+    return render_scan(results, facts, rows, show_completions)
 
 
 def render_scan(results: Facts, manifest: Mapping[str, Any], rows: Sequence[Record], show_texts: bool) -> Page:

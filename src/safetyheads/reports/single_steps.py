@@ -6,7 +6,7 @@ from safetyheads.ablation import Ablation
 from safetyheads.reports import charts
 from safetyheads.reports.answers import side_by_side
 from safetyheads.reports.audit import head_columns, rate_rows, score_figures
-from safetyheads.reports.page import NO_HEADS, Page, command_of, render
+from safetyheads.reports.page import NO_HEADS, Page, render
 from safetyheads.reports.tables import Facts, number, rate_words
 from safetyheads.runs.directory import RunDirectory
 
@@ -15,9 +15,8 @@ TITLES = {"ships": "Ranking of heads", "sahara": "Search for a group", "asr": "A
 _OWN = "each prompt's top "
 
 
-def single_step_page(run: RunDirectory, show_completions: bool) -> Page:
+def single_step_page(run: RunDirectory, results: Facts, facts: Facts, show_completions: bool) -> Page:
     """The page of a finished ``ships``, ``sahara`` or ``asr`` run; only the last one's holds answers."""
-    results, facts = run.read_results(), run.facts() | {"command": command_of(run)}
     kind, figures, columns = results["kind"], dict[str, Any](), NO_HEADS
     content: dict[str, Any] = {"results": results, "headline": headline(results), "title": TITLES[kind]}
     content["ablation"] = Ablation(results["ablation"]["name"], results["ablation"]["epsilon"])

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -11,21 +11,21 @@ from safetyheads.errors import InputError
 from safetyheads.files import write_page
 from safetyheads.reports import audit, charts, evaluation, scan, single_steps
 from safetyheads.reports.audit import rate_rows
-from safetyheads.reports.page import Page, render
+from safetyheads.reports.page import Page, command_of, render
 from safetyheads.reports.reproduction import render_reproduction
-from safetyheads.reports.tables import rate_words
+from safetyheads.reports.tables import Facts, rate_words
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 
 _STEP = single_steps.single_step_page, single_steps.headline
-PAGES: dict[str, tuple[Callable[[RunDirectory, bool], Page], Callable[[Mapping[str, Any]], str]]] = {
+PAGES: dict[str, tuple[Callable[[RunDirectory, Facts, Facts, bool], Page], Callable[[Facts], str]]] = {
     "audit": (audit.audit_page, audit.headline),
     "scan": (scan.scan_page, scan.headline),
-    "eval": (evaluation.evaluation_page, evaluation.headline),
+    "eval": (lambda _, results, facts, __: evaluation.render_evaluation(results, facts), evaluation.headline),
     **dict.fromkeys(("ships", "sahara", "asr"), _STEP),
 }
-"""Kind of results -> what makes the page of such a run, with its completions or without, and what makes its first
-sentence of its results: to add a page, write such functions, the first of which hands a template of its own to
-:func:`safetyheads.reports.page.render`, and enter them here."""
+"""Kind of results -> what makes the page of such a run, of its results and facts, with its completions or without, and
+what makes its first sentence of its results: to add a page, write such functions, the first of which hands a template
+of its own to :func:`safetyheads.reports.page.render`, and enter them here."""
 VANILLA, GROUP, CONCENTRATION = "ASR, nothing ablated", "ASR, verdict’s group ablated", "concentration"
 
 
@@ -52,20 +52,20 @@ def write_report(run: RunDirectory, *, show_completions: bool = False) -> tuple[
             words = f"the pages of kind {kind} hold no completions; they are in the run's completions folder"
             warnings.warn(words, ReportWarning, stacklevel=2)
         if kind != "reproduction":
-            page = PAGES[kind][0](run, show_completions)
+            page = PAGES[kind][0](run, results, run.facts() | {"command": command_of(run)}, show_completions)
             return run.write_report(page), page
         page, pages = render_reproduction(results, run.facts())
         return run.write_report(page, pages), page
 
 
-def write_history(history: Mapping[str, Any]) -> tuple[Path, Page]:
+def write_history(history: Facts) -> tuple[Path, Page]:
     """Write ``history.html`` into the history's folder; its path, and the page, of equal text for equal histories."""
     path, page = Path(history["folder"]) / "history.html", history_page(history)
     write_page(path, page)
     return path, page
 
 
-def history_page(history: Mapping[str, Any]) -> Page:
+def history_page(history: Facts) -> Page:
     """The page of many runs: a point for each number, and a table."""
     rows: list[dict[str, Any]] = []
     for number, entry in enumerate(history["runs"], 1):
@@ -93,7 +93,7 @@ def history_page(history: Mapping[str, Any]) -> Page:
     return render("history.html.j2", content, {}, {}, {"over_runs": drawn})
 
 
-def _history_in_words(history: Mapping[str, Any]) -> str:
+def _history_in_words(history: Facts) -> str:
     """What a sweep's audits found; of other runs, from where to where the unablated model's coherent ASR went."""
     entries = history["runs"]
     rated = [entry["vanilla_asr"] for entry in entries if entry["vanilla_asr"]["rate"] is not None]

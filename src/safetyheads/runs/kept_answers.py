@@ -21,7 +21,7 @@ from safetyheads.ablation import Ablation
 from safetyheads.answers.decoding import Answer, Decoding, Request, answer, rows_that_fit
 from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts, drafts_fit, drafts_of, unablated_answers
 from safetyheads.answers.judging import JudgedAnswer, Judging
-from safetyheads.answers.surprise import AnswerKey, Surprises, answer_key, row_tokens
+from safetyheads.answers.surprise import AnswerKey, Surprises, answer_key
 from safetyheads.heads import Group, format_heads, parse_heads
 from safetyheads.judges.base import Judge, Label, Verdict
 from safetyheads.model.planning import Plan
@@ -261,7 +261,7 @@ class KeptAnswers:
         """Measures how surprising answers are; None where that is not wanted."""
         if not self.measures_surprise:
             return None
-        n_tokens = self.directory.remember(f"row_tokens_{self.name}", row_tokens(self.engine), lambda n: n > 0)
+        n_tokens = self.directory.remember(f"row_tokens_{self.name}", self.engine.tokens_that_fit(), lambda n: n > 0)
         return Surprises(self.engine, self.asked.token_ids, n_tokens)
 
     def under(self, part: str, groups: Sequence[Group], ablation: Ablation) -> list[GroupAnswers]:
