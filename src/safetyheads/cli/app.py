@@ -48,6 +48,7 @@ from safetyheads.errors import (
 )
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
+from safetyheads.judges.named import JUDGES, WORD_JUDGES, judges_named
 from safetyheads.model.names import SMOLLM2
 from safetyheads.reports.tables import Facts, Table
 from safetyheads.runs.config import (
@@ -64,8 +65,9 @@ from safetyheads.runs.config import (
     ShipsConfig,
     preset_settings,
 )
+from safetyheads.runs.directory import RunDirectory, runs_within, status_of
 from safetyheads.runs.start import load_engine, refuse_missing, settled, silence_libraries
-from safetyheads.runs.stored_files import as_damaged
+from safetyheads.runs.stored_files import as_damaged, content_key
 
 if TYPE_CHECKING:
     from safetyheads.judges.base import Judge
@@ -158,8 +160,6 @@ def sweep(
     """
     from safetyheads.reports.compare import write_comparison
     from safetyheads.reports.write import write_history, write_report
-    from safetyheads.runs.directory import RunDirectory
-    from safetyheads.runs.stored_files import content_key
     from safetyheads.runs.sweep import audits_of, carry_out_sweep, read_sweep, sweep_by_workers, sweep_results
 
     options, progress = RunOptions(**where), show.progress_for(output.quiet)
@@ -323,8 +323,6 @@ def reproduce(
         _show(found, output, lambda: show.show_experiments(EXPERIMENTS, lacking))
         return 0
     from safetyheads.experiments.lab import reproduce as run_experiments
-    from safetyheads.runs.directory import RunDirectory
-    from safetyheads.runs.stored_files import content_key
 
     experiments = chosen(experiment)
     shard = where.parsed_shard
@@ -412,7 +410,6 @@ def report(
 ) -> None:
     """Write the report of a finished run again."""
     from safetyheads.reports.write import write_report
-    from safetyheads.runs.directory import RunDirectory
 
     opened = RunDirectory.open(run)
     with as_damaged(run / "results.json"):
@@ -426,8 +423,6 @@ def verify(run: Annotated[Path, Parameter(help="Run directory, finished or not."
 
     Exit codes: 0 all fit, 2 a file is damaged or lost, 3 all fit and the run is incomplete.
     """
-    from safetyheads.runs.directory import RunDirectory
-
     found = RunDirectory.verify(run)
     lines = [f"{run}: {found.n_files} files, {len(found.damaged)} of them damaged or lost", *found.damaged.values()]
     lines += [f"{len(found.unlisted)} files belong to no finished stage"] if found.unlisted else []
@@ -444,8 +439,6 @@ def status(
     output: OutputOptions,
 ) -> None:
     """Say how far a run is, from its files alone: units done, in work and missing, seconds a unit, time left."""
-    from safetyheads.runs.directory import runs_within, status_of
-
     with as_damaged(run):
         found = {name: status_of(run / name) for name in runs_within(run)}
     if "." in found:
@@ -471,7 +464,6 @@ def merge(
     Refused are gaps, files of one unit that disagree, damaged files, and runs with other settings. The audits of a
     sweep are joined one after another.
     """
-    from safetyheads.runs.directory import runs_within
     from safetyheads.runs.merge import joinable
     from safetyheads.runs.provenance import provenance
 
@@ -514,9 +506,7 @@ def judge(
     labels: LabelOptions,
 ) -> None:
     """Judge a run's stored answers again, or hold its judges to people's labels; verdicts go beside those there."""
-    from safetyheads.judges.named import JUDGES, WORD_JUDGES, judges_named
     from safetyheads.reports.write import write_report
-    from safetyheads.runs.directory import RunDirectory
     from safetyheads.runs.provenance import provenance
     from safetyheads.runs.rejudge import later_judges, open_judged, read_labels, refuse_rejudging, rejudge, write_sheet
     from safetyheads.runs.rejudge import validate as validate_judges
@@ -646,8 +636,6 @@ def _refuse_place(out: Path) -> None:
 
 def _judges_of(config: JudgeOptions) -> tuple["Judge", ...]:
     """The judges of a config, both of words where it names none; refused here, before a model is loaded."""
-    from safetyheads.judges.named import WORD_JUDGES, judges_named
-
     return judges_named(config.judges or WORD_JUDGES, config.judge_device, config.judge_tokens)
 
 
@@ -660,7 +648,6 @@ def _finish(
 ) -> None:
     """Write the page, and show the results with its tables."""
     from safetyheads.reports.write import write_report
-    from safetyheads.runs.directory import RunDirectory
 
     shown = report is not None and report.show_completions
     with as_damaged(out):
