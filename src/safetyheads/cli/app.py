@@ -17,7 +17,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
@@ -48,6 +48,7 @@ from safetyheads.errors import (
 )
 from safetyheads.experiments.settings import ReproductionConfig
 from safetyheads.files import MENDABLE_ERRORS
+from safetyheads.judges.base import Judge
 from safetyheads.judges.named import JUDGES, WORD_JUDGES, judges_named
 from safetyheads.model.names import SMOLLM2
 from safetyheads.reports.tables import Facts, Table
@@ -68,10 +69,6 @@ from safetyheads.runs.config import (
 from safetyheads.runs.directory import RunDirectory, runs_within, status_of
 from safetyheads.runs.start import load_engine, refuse_missing, settled, silence_libraries
 from safetyheads.runs.stored_files import as_damaged, content_key
-
-if TYPE_CHECKING:
-    from safetyheads.judges.base import Judge
-    from safetyheads.model.engine import Engine
 
 Config = TypeVar("Config", bound=ModelOptions)
 
@@ -334,11 +331,8 @@ def reproduce(
         if model:
             refuse_missing(ModelOptions(model, **how).model)
     progress = show.progress_for(output.quiet)
-
-    def load(name: str) -> "Engine":
-        return load_engine(ModelOptions(name, **how), progress)
-
-    results = run_experiments(lab, experiments, out, load, progress, sys.argv, experiment == ALL, shard)
+    given = lab, experiments, out, lambda name: load_engine(ModelOptions(name, **how), progress), progress, sys.argv
+    results = run_experiments(*given, experiment == ALL, shard)
     chosen_names, timed = [item.name for item in experiments], RunDirectory.open(out).read_timings().get("timed", {})
     _finish(results, out, report, output, lambda found, _: show.show_outcomes(found, chosen_names, timed))
     return _code_of_judges(results)
@@ -634,7 +628,7 @@ def _refuse_place(out: Path) -> None:
         raise InputError(f"{out} cannot be written: no permission to write in {existing}")
 
 
-def _judges_of(config: JudgeOptions) -> tuple["Judge", ...]:
+def _judges_of(config: JudgeOptions) -> tuple[Judge, ...]:
     """The judges of a config, both of words where it names none; refused here, before a model is loaded."""
     return judges_named(config.judges or WORD_JUDGES, config.judge_device, config.judge_tokens)
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safetyheads.errors import InputError, first_line
-from safetyheads.files import canonical_json, parse_json
-from safetyheads.judges.base import LABELS, Completion, Judge, Verdict, refuse_threshold
+from safetyheads.judges.base import LABELS, Completion, Judge, Verdict, description_of, refuse_threshold
 
 
 class JudgeCodeWarning(UserWarning):
@@ -159,9 +158,7 @@ def _announce(path: str, module_name: str) -> None:
 def _refuse_undescribed(path: str, judge: Judge) -> None:
     """Refuse a judge that a manifest cannot record."""
     try:
-        is_described = (
-            bool(judge.name.strip()) and parse_json(canonical_json(judge.describe()), "")["name"] == judge.name
-        )
+        is_described = bool(judge.name.strip()) and description_of(judge)["name"] == judge.name
     except (Exception, SystemExit):  # noqa: BLE001 - a user's judge may raise anything
         is_described = False
     if not is_described:

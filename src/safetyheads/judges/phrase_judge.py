@@ -173,7 +173,8 @@ class PhraseJudge(Shown):
 
     def describe(self) -> dict[str, Any]:
         """The rules, for the manifest."""
-        return {"judge": "phrase", **asdict(self), **({"ngrams": ngrams_sha256()} if self.wording else {})}
+        ngrams = {"ngrams": hashlib.sha256(_NGRAMS.read_bytes()).hexdigest()} if self.wording else {}
+        return {"judge": "phrase", **asdict(self), **ngrams}
 
     def final(self, text_so_far: str) -> bool:
         """Whether a sentence that refuses by a phrase has ended: then label and reason are those of the whole answer.
@@ -286,9 +287,3 @@ def ngrams(text: str) -> list[str]:
 def _ngrams(short: bool) -> tuple[float, dict[str, tuple[float, float]]]:
     stored = json.loads(_NGRAMS.read_bytes())["short" if short else "long"]
     return stored["intercept"], {ngram: (idf, weight) for ngram, idf, weight in stored["ngrams"]}
-
-
-@lru_cache(maxsize=1)
-def ngrams_sha256() -> str:
-    """Fingerprint of the classifiers."""
-    return hashlib.sha256(_NGRAMS.read_bytes()).hexdigest()

@@ -59,11 +59,12 @@ def random_groups(
     if n_groups == 0 or pool.n == 0:
         return RandomGroups()
     if pool.n <= n_groups or (pool.n < ENUMERATED and n_groups >= LEAST_GROUPS):
-        return RandomGroups(tuple(pool.every()), pool.matched, pool.n)
+        return RandomGroups(tuple(sorted(set(pool.every(0, 0)) - {pool.group})), pool.matched, pool.n)
     generator = np.random.default_rng([seed, len(group)])
     drawn: dict[Group, None] = {}
     while len(drawn) < n_groups:
-        drawn[pool.draw(generator)] = None
+        if (control := pool.draw(generator)) != pool.group:
+            drawn[control] = None
     return RandomGroups(tuple(drawn), pool.matched, pool.n)
 
 
@@ -107,27 +108,19 @@ class _Pool:
                 return
             yield n
 
-    def every(self) -> list[Group]:
-        """All controls, in order."""
-        return sorted(group for group in self._every(0, 0) if group != self.group)
-
-    def _every(self, place: int, taken: int) -> Iterator[Group]:
+    def every(self, place: int, taken: int) -> Iterator[Group]:
+        """What this layer and those above can add, after the layers below took some heads; the group's own too."""
         if place == len(self.layers):
             yield ()
             return
         for n in self.numbers(place, taken):
             if self.count(place + 1, taken + n):
-                for rest in self._every(place + 1, taken + n):
+                for rest in self.every(place + 1, taken + n):
                     for indices in combinations(self.free[place], n):
                         yield tuple(Head(self.layers[place], index) for index in indices) + rest
 
     def draw(self, generator: np.random.Generator) -> Group:
-        """One of all controls, each equally likely."""
-        while (drawn := self._draw(generator)) == self.group:
-            pass
-        return drawn
-
-    def _draw(self, generator: np.random.Generator) -> Group:
+        """One of all, each equally likely; it may be the group itself."""
         heads: list[Head] = []
         for place, layer in enumerate(self.layers):
             counts = {

@@ -77,19 +77,15 @@ def server(folder: Path, port: int = 0) -> tuple[ThreadingHTTPServer, str]:
         server_version, sys_version = "safetyheads", ""
 
         def do_GET(self) -> None:
-            self._answer(with_body=True)
-
-        def do_HEAD(self) -> None:
-            self._answer(with_body=False)
-
-        def _answer(self, with_body: bool) -> None:
             status, body = _page_for(folder, token, self.path, dict(self.headers.items()))
             self.send_response(status)
             for name, value in {**_HEADERS, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
             self.end_headers()
-            if with_body:
+            if self.command == "GET":
                 self.wfile.write(body)
+
+        do_HEAD = do_GET
 
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing: a line would hold the token."""
