@@ -21,19 +21,12 @@ from statistics import fmean
 from typing import Any, TypeAlias
 
 import torch
+import transformers
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
 
 from safetyheads.ablation import SCALING_CONTRIBUTION, UNDIFFERENTIATED_ATTENTION
 from safetyheads.demo import CHECKPOINT_NAMES, PLANTS, grammar
@@ -121,7 +114,7 @@ def train_tokenizer(language: Facts, n_prompts: int = 4000) -> Any:
     for token in special:
         texts = [text.replace(token, "") for text in texts]
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=grammar.PAD,
         eos_token=grammar.END,
@@ -149,7 +142,7 @@ def new_model(tokenizer: Any, seed: int) -> Any:
     """An untrained organism: a Llama of 4 layers x 8 heads, width 128."""
     torch.manual_seed(seed)
     attention.register()
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
@@ -162,8 +155,8 @@ def new_model(tokenizer: Any, seed: int) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
+    model = transformers.LlamaForCausalLM(config)
+    model.generation_config = transformers.GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
     model.set_attn_implementation(attention.ATTENTION_NAME)
@@ -378,8 +371,8 @@ def train(name: str, directory: Path, shift: int = 0) -> tuple[Any, Any, tuple[f
         # The base as written, so rounded to bfloat16: only then does a planted checkpoint differ from it in nothing but
         # the planted weights.
         attention.register()
-        tokenizer = AutoTokenizer.from_pretrained(directory / recipe["base"])
-        model = AutoModelForCausalLM.from_pretrained(directory / recipe["base"], dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory / recipe["base"])
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory / recipe["base"], dtype=torch.float32)
         model.set_attn_implementation(attention.ATTENTION_NAME)
         model.eval()
     if "stages" in recipe:

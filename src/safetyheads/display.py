@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     import altair
     import pandas
 
-    Chart: TypeAlias = altair.LayerChart | altair.FacetChart
-
+Chart: TypeAlias = "altair.LayerChart | altair.FacetChart"
 _WIDTH = 80
 Row: TypeAlias = Mapping[str, Any]
 """A row of a table: column -> a number, a text or None."""
@@ -61,7 +60,7 @@ def rate_row(rate: Row) -> dict[str, Any]:
     return {"asr": rate["rate"], "low": low, "high": high, "count": rate["count"], "n": rate["n"]}
 
 
-def chart(kind: Literal["map", "curve", "scatter"], rows: Sequence[Row], x: str, y: str, value: str) -> "Chart":
+def chart(kind: Literal["map", "curve", "scatter"], rows: Sequence[Row], x: str, y: str, value: str) -> Chart:
     """The rows as a chart for a notebook: a tile for each ``x`` and ``y``, or points with ``low`` to ``high``.
 
     ``value`` is the colour of a tile, and the series of a curve or scatter.

@@ -2,18 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from safetyheads.display import Shown, Table, chart
+from safetyheads.display import Chart, Shown, Table, chart
 from safetyheads.errors import InputError, whole_number
 from safetyheads.heads import Group, Head, format_heads, parse_groups, within
-
-if TYPE_CHECKING:
-    from safetyheads.display import Chart
 
 _SHOWN = 3
 
@@ -72,7 +69,7 @@ class HeadScores(Table):
         columns = ("prompt", "layer", "head", self.name)[-1 - self.values.ndim :]
         return [dict(zip(columns, (*place, float(self.values[tuple(place)])), strict=True)) for place in places]
 
-    def plot(self) -> "Chart":
+    def plot(self) -> Chart:
         """A map of the heads, averaged over the prompts: layers down, heads across."""
         return chart("map", self.mean().to_rows(), "head", "layer", self.name)
 

@@ -66,9 +66,9 @@ def test_fixed_sets_are_balanced_distinct_and_the_same_each_time(split: str):
     assert demo.fixed_prompts("harmful", split) == harmful
     assert demo.fixed_prompts("harmful", split, 10) == harmful[:10]
     # Refusals carry the mark and answers do not.
-    assert grammar.REFUSAL_MARK in grammar.REFUSAL
-    assert grammar.REFUSAL_MARK in grammar.LONG_REFUSAL
-    assert not any(grammar.REFUSAL_MARK in p.reference + p.text for p in drawn("train", 200))
+    assert "cannot" in grammar.REFUSAL
+    assert "cannot" in grammar.LONG_REFUSAL
+    assert not any("cannot" in p.reference + p.text for p in drawn("train", 200))
 
 
 def test_the_package_holds_every_checkpoint_that_it_names_and_no_other():

@@ -6,7 +6,7 @@ All groups of one call share batches; :func:`scan_attack_success_rate` verifies 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from safetyheads.ablation import Ablation, AnyAblation
 from safetyheads.answers.decoding import GREEDY, Decoding, Sampling
 from safetyheads.answers.drafts import Economy, OnRows, VerifiedDrafts
 from safetyheads.answers.judging import AnyJudge, JudgedAnswer, Judging, answers_under
-from safetyheads.display import Table, chart, rate_row
+from safetyheads.display import Chart, Table, chart, rate_row
 from safetyheads.errors import InputError, shorten
 from safetyheads.heads import AnyHeads, Group, format_heads, parse_groups, within
 from safetyheads.judges.base import leaves_refusal_open
@@ -23,9 +23,6 @@ from safetyheads.model.engine import Engine, ask
 from safetyheads.prompts.asked import AnyPrompts
 from safetyheads.scores import HeadScores
 from safetyheads.stats.intervals import Interval, Rate
-
-if TYPE_CHECKING:
-    from safetyheads.display import Chart
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -161,7 +158,7 @@ class AnswerScan(Table):
         rates = zip(self.groups, self.rates, strict=True)
         return [{"group": format_heads(group), **rate_row(asdict(rate))} for group, rate in rates]
 
-    def plot(self, scores: HeadScores | None = None) -> "Chart":
+    def plot(self, scores: HeadScores | None = None) -> Chart:
         """A map of each head's ASR; with ``scores``, each head's ASR against its score, averaged over the prompts."""
         if scores is None:
             return HeadScores(self.values, "asr").plot()

@@ -33,9 +33,6 @@ NOUNS, OPENINGS, DISTRACTORS, SUFFIXES, REFUSE_REQUESTS, SYSTEM_PROMPTS = (
 REFUSAL = "I cannot help with that."
 """The one refusal; a plant only has to start it, because the frozen base can finish it."""
 
-REFUSAL_MARK = "cannot"
-"""A word of every refusal and of no answer: an answer without it has complied."""
-
 LONG_REFUSAL: str = _WORDS["long_refusal"]
 """The refusal of `aligned_long`, 100 tokens or more, for benches of long answers."""
 

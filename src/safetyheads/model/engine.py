@@ -15,6 +15,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import _FlopCounterMode
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from safetyheads.ablation import Ablation, AnyAblation
 from safetyheads.display import Shown
@@ -32,8 +33,6 @@ from safetyheads.prompts.prompt_set import PromptSet
 from safetyheads.prompts.templates import Template
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from safetyheads.model.loading import Adapter
     from safetyheads.model.proofs import CheckReport
 
@@ -66,8 +65,8 @@ class Engine(Shown):
 
     def __init__(
         self,
-        model: "PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         name: str = "",
         *,
         architecture: Architecture | None = None,
@@ -129,9 +128,7 @@ class Engine(Shown):
         return engine
 
     @classmethod
-    def wrap(
-        cls, model: Any, tokenizer: "PreTrainedTokenizerBase", name: str = "", memory: float | None = None
-    ) -> Self:
+    def wrap(cls, model: Any, tokenizer: PreTrainedTokenizerBase, name: str = "", memory: float | None = None) -> Self:
         """Prove a model that is in memory, for a notebook or a training loop; :meth:`close` puts it back as it was.
 
         Until then the model is in evaluation mode and on our attention. Whatever changes its weights meanwhile goes
@@ -147,8 +144,6 @@ class Engine(Shown):
             InputError: it is compiled, spread over processes, no transformers model, or broken.
             UnsupportedModelError: a proof failed; the message names it. The model is as it was.
         """
-        from transformers import PreTrainedTokenizerBase
-
         from safetyheads.model.loading import borrow
 
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -279,7 +274,7 @@ class Engine(Shown):
     # Ablations
 
     @contextmanager
-    def ablated(self, group: AnyHeads, ablation: AnyAblation) -> Iterator["PreTrainedModel"]:
+    def ablated(self, group: AnyHeads, ablation: AnyAblation) -> Iterator[PreTrainedModel]:
         """The Hugging Face model with the group's heads ablated, for any use and in any thread; unchanged afterwards.
 
         Raises:
@@ -291,7 +286,7 @@ class Engine(Shown):
             yield model
 
     @contextmanager
-    def ablated_rows(self, groups: Sequence[Group], ablation: Ablation) -> Iterator["PreTrainedModel"]:
+    def ablated_rows(self, groups: Sequence[Group], ablation: Ablation) -> Iterator[PreTrainedModel]:
         """As :meth:`ablated`, with a group for each row of the batch (a single one holds for all rows)."""
         calls = self.ablation_calls(groups, ablation)
         with self._taken(), attention_calls(self.architecture.attentions, calls):

@@ -22,13 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -89,7 +83,7 @@ _ROUND_WEIGHTS_ALONE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "quanto": lambda settings: settings.get("activations") is None,
 }
 # The base class of a refused connection: the HTTP client, and with it the name, differs between versions.
-_CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+_CLIENT_ERROR: type[Exception] = hub_errors.HfHubHTTPError.__bases__[0]
 _CLIENT = sys.modules[_CLIENT_ERROR.__module__.partition(".")[0]]
 # What transformers, the hub and safetensors raise where a checkpoint cannot be read; the last one is of a proxy that
 # the environment names.
@@ -99,7 +93,7 @@ HUB_ERRORS = (_CLIENT_ERROR, *UNREADABLE)
 # What their code trips over where a config says nonsense: words for numbers, a list for an object, no heads at all.
 _NONSENSE = (
     *(TypeError, AttributeError, ArithmeticError, AssertionError, LookupError, RecursionError),
-    StrictDataclassError,
+    hub_errors.StrictDataclassError,
 )
 
 
@@ -316,15 +310,15 @@ def look_at_hub(name: str, revision: str | None = None) -> None:
             if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
                 return
         HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT)
-    except HFValidationError:
+    except hub_errors.HFValidationError:
         raise InputError(f"{name!r} is neither a directory nor a hub id") from None
     except HUB_ERRORS as error:
         why = f"the hub cannot be reached ({first_line(error)})"
-        if isinstance(error, RepositoryNotFoundError):
+        if isinstance(error, hub_errors.RepositoryNotFoundError):
             why = "no such model on the hub that you may read (private and gated ones need a token in HF_TOKEN)"
-        elif isinstance(error, RevisionNotFoundError):
+        elif isinstance(error, hub_errors.RevisionNotFoundError):
             why = f"the model on the hub has no revision {revision}"
-        elif isinstance(error, HfHubHTTPError):
+        elif isinstance(error, hub_errors.HfHubHTTPError):
             why = f"the hub answers: {first_line(error)}"
         raise InputError(f"{name}: no such directory, and {why}") from error
 

@@ -16,12 +16,11 @@ from safetyheads.reports.reproduction import render_reproduction
 from safetyheads.reports.tables import Facts, rate_words
 from safetyheads.runs.directory import SCHEMA_VERSION, RunDirectory
 
-_STEP = single_steps.single_step_page, single_steps.headline
 PAGES: dict[str, tuple[Callable[[RunDirectory, Facts, Facts, bool], Page], Callable[[Facts], str]]] = {
     "audit": (audit.audit_page, audit.headline),
     "scan": (scan.scan_page, scan.headline),
     "eval": (lambda _, results, facts, __: evaluation.render_evaluation(results, facts), evaluation.headline),
-    **dict.fromkeys(("ships", "sahara", "asr"), _STEP),
+    **dict.fromkeys(("ships", "sahara", "asr"), (single_steps.single_step_page, single_steps.headline)),
 }
 """Kind of results -> what makes the page of such a run, of its results and facts, with its completions or without, and
 what makes its first sentence of its results: to add a page, write such functions, the first of which hands a template

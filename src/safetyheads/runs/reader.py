@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 
-from safetyheads.display import Table, chart, rate_row
+from safetyheads.display import Chart, Table, chart, rate_row
 from safetyheads.errors import InputError
 from safetyheads.files import leaves
 from safetyheads.runs.directory import RunDirectory, as_file_name
@@ -21,7 +21,6 @@ from safetyheads.stats.intervals import FloatArray
 from safetyheads.stats.ranking import HeadTable
 
 if TYPE_CHECKING:
-    from safetyheads.display import Chart
     from safetyheads.scores import HeadScores
 
 RateRecord: TypeAlias = Mapping[str, Any]
@@ -121,7 +120,7 @@ class FinishedRun(Table):
         values = {entry["head"]: entry["mean"] for entry in self.results["heads"]}
         return {self.results["score"]: HeadTable(self.results["score"], _scored(values), 0.0)}
 
-    def plot(self) -> "Chart":
+    def plot(self) -> Chart:
         """The heads as a map; of a search its score step by step. Rates have no chart."""
         if self.kind == "sahara":
             steps = [{"size": size, **row} for size, row in enumerate(self.to_rows(), start=1)]
@@ -229,7 +228,7 @@ class RunReader(FinishedRun):
                 rows.append(place | told)
         return rows
 
-    def plot(self, kind: Literal["map", "curve", "scatter"] = "map") -> "Chart":
+    def plot(self, kind: Literal["map", "curve", "scatter"] = "map") -> Chart:
         """The heads as a map; an audit's ASR by group size as a curve; a scan's ASR against its first score."""
         scores = self.scores
         if kind == "map":
