@@ -56,7 +56,9 @@ def study(lab: Lab, outcome: Outcome) -> None:
             ]
             outcome.figure("groups", along, **words)
             ranks = [(f"{name}_rank", f"rank, {SCORE_LABELS[name]}", "count") for name in measured.scores]
-            outcome.table("heads", measured.heads_table(), *ranks, listed=_N_LISTED, **words)
+            of_head, best = {row["head"]: row for row in measured.heads}, measured.strongest[:_N_LISTED]
+            listed = [{**of_head[str(head)], **measured.on_benign[(head,)]} for head in best]
+            outcome.table("heads", listed, *ranks, listed=_N_LISTED, **words)
             outcome.table("scores", measured.qualities, **words)
             outcome.table("groups", groups, **words)
             outcome.table("claims", measured.claims_table(outcome.shown["notes"]), **words)
@@ -207,11 +209,6 @@ class _Study:
             f"coherent ASR without head {best}, the highest": self.alone[best].coherent_asr,
             f"coherent ASR without {first}, first by mean Ships": self.alone[first].coherent_asr,
         }
-
-    def heads_table(self) -> list[Row]:
-        """The heads of the highest coherent ASR."""
-        rows = {row["head"]: row for row in self.heads}
-        return [{**rows[str(head)], **self.on_benign[(head,)]} for head in self.strongest[:_N_LISTED]]
 
     @cached_property
     def qualities(self) -> list[dict[str, Any]]:

@@ -24,9 +24,11 @@ import transformers
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file, find_adapter_config_file
 
 from safetyheads.errors import (
@@ -490,8 +492,6 @@ def _cannot_load(name: str, error: BaseException) -> InputError:
 
 def _refuse_unknown_quantisation(settings: Any, name: str) -> None:
     """Left alone, transformers reads such weights as plain numbers."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
     if settings is None:
         return
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", settings)
@@ -1032,8 +1032,6 @@ def mend_tokenizer(tokenizer: PreTrainedTokenizerBase, header: Mapping[str, Any]
 
     Beside other files of a tokenizer transformers also forgets the file's chat template.
     """
-    from tokenizers import pre_tokenizers
-
     tokenizer.chat_template = tokenizer.chat_template or header.get("tokenizer.chat_template")
     rule = header.get("tokenizer.ggml.pre") if header.get("tokenizer.ggml.model") == "gpt2" else None
     backend: Any = tokenizer.backend_tokenizer
