@@ -152,11 +152,11 @@ def generate(
 ) -> tuple[Answer, ...]:
     """Decode an answer to each prompt, prompt i with ``groups[i]`` ablated; unablated by default."""
     encoded = ask(engine, prompts).token_ids
-    groups = [()] * len(encoded) if groups is None else parse_groups(groups)
-    if len(groups) != len(encoded):
-        raise InputError(f"{len(groups)} groups for {len(encoded)} prompts; each prompt needs its own")
+    chosen: Sequence[Group] = [()] * len(encoded) if groups is None else parse_groups(groups)
+    if len(chosen) != len(encoded):
+        raise InputError(f"{len(chosen)} groups for {len(encoded)} prompts; each prompt needs its own")
     # Heads that the model does not have are refused where they are ablated, before anything is decoded.
-    requests = list(map(Request, encoded, groups))
+    requests = list(map(Request, encoded, chosen))
     return answer(engine, requests, Decoding(max_new_tokens, sampling), Ablation.parse(ablation))
 
 

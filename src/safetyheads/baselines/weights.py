@@ -196,11 +196,8 @@ def by_difference(
             for linear, indices in taken[q].items()
         }
 
-    def n_parameters(q: float) -> int:
-        return sum(len(indices) for indices in taken[q].values())
-
     setting = f"top {{strength:.3g}} by refusals less top {UTILITY_SHARE:.3g} by benign answers"
-    return edits(engine, setting, make, n_parameters)
+    return edits(engine, setting, make, lambda q: sum(map(len, taken[q].values())))
 
 
 # ActSVD.
@@ -246,13 +243,12 @@ def act_svd(material: Material, _: Sequence[float], orthogonal: bool = False) ->
         )
         return without_directions(linear.weight, *directions)
 
-    def make(share: float) -> Weights:
-        return edit_layer_by_layer(engine, texts, partial(edit, share))
-
-    def n_parameters(share: float) -> int:
-        return sum(rank_of(linear, share) * (linear.d_in + linear.d_out) for linear in linears)
-
-    return edits(engine, "rank share {strength:.3g}", make, n_parameters)
+    return edits(
+        engine,
+        "rank share {strength:.3g}",
+        lambda share: edit_layer_by_layer(engine, texts, partial(edit, share)),
+        lambda share: sum(rank_of(linear, share) * (linear.d_in + linear.d_out) for linear in linears),
+    )
 
 
 act_svd_orthogonal = partial(act_svd, orthogonal=True)

@@ -20,6 +20,7 @@ from safetyheads.experiments.outcome import Measured, Outcome, Row
 from safetyheads.heads import Head
 from safetyheads.model.attention import LeftLayer, attention_calls
 from safetyheads.model.engine import Engine
+from safetyheads.model.proofs import allowed_keys
 
 NOTHING = Ablation("undifferentiated_attention", 1.0)
 """Times one: the unablated model."""
@@ -49,7 +50,6 @@ def map_of(engine: Engine, token_ids: Sequence[int], head: Head, ablation: Ablat
     unablated = _attended(engine, token_ids, head, NOTHING)
     key, value, mask = unablated["key"], unablated["value"], unablated["mask"]
     n_keys = key.shape[2]
-    seen = torch.ones(n_keys, n_keys, dtype=torch.bool).tril() if mask is None else mask[0, 0].cpu()
     units = torch.eye(n_keys, dtype=value.dtype, device=value.device).expand(*value.shape[:2], -1, -1)
     # The head's output is no part of its map: scaled or replaced, it would come back in place of the weights.
     of_weights = NOTHING if ablation.kind.tensor == "head_output" else ablation
@@ -57,7 +57,7 @@ def map_of(engine: Engine, token_ids: Sequence[int], head: Head, ablation: Ablat
     n_per_key = plain["output"].shape[2] // value.shape[1]
     return AttentionMap(
         weights.double().cpu(),
-        seen if seen.dtype == torch.bool else seen >= 0,
+        allowed_keys(mask, n_keys, value.device).cpu(),
         value[0, head.index // n_per_key].double().cpu(),
         plain["output"][0, :, head.index].double().cpu(),
     )

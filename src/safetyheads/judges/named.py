@@ -57,17 +57,15 @@ def judge_named(spec: str, device: str = "cpu", tokens: int | None = None) -> Ju
         return endpoint_judge(argument, tokens)
     if form == "python" and argument:
         return judge_from_path(argument)
-    if spec.startswith("classifier:"):
-        from safetyheads.judges.models import SequenceClassifierJudge  # needs torch, which other judges do not
-
-        return SequenceClassifierJudge(checkpoint=argument, device=device)
-    if name not in MODEL_JUDGES:
+    if (is_generative := not spec.startswith("classifier:")) and name not in MODEL_JUDGES:
         raise InputError(f"unknown judge {spec!r}; known are {KNOWN_JUDGES}")
-    if equals and not checkpoint:
+    if is_generative and equals and not checkpoint:
         raise InputError(f"{spec} names no checkpoint; give {name}=PATH_OR_ID, or {name} alone")
-    from safetyheads.judges.models import CausalJudge  # needs torch, which other judges do not
+    from safetyheads.judges import models  # needs torch, which other judges do not
 
-    return CausalJudge(format=MODEL_JUDGES[name], checkpoint=checkpoint, device=device, max_new_tokens=tokens)
+    if not is_generative:
+        return models.SequenceClassifierJudge(checkpoint=argument, device=device)
+    return models.CausalJudge(format=MODEL_JUDGES[name], checkpoint=checkpoint, device=device, max_new_tokens=tokens)
 
 
 def writes(judge: Judge) -> bool:

@@ -364,7 +364,7 @@ def _errors_in_layer(
     _refuse_other_heads(engine, layer, plain)
     n_tokens, device = captured.row.n_tokens, plain["query"].device
     if not plain["chosen"]:
-        yield _WINDOWS, _window_error(engine, layer, _allowed(plain["mask"], n_tokens, device))
+        yield _WINDOWS, _window_error(engine, layer, allowed_keys(plain["mask"], n_tokens, device))
     ua = UNDIFFERENTIATED_ATTENTION.at(0.0)
     seen, _, projected = _observed(engine, captured, layer, (ua, torch.stack([none, ~none])))
     head = loudest[layer] = _loudest(facts.output_projections[layer], seen["output"], projected)
@@ -388,7 +388,7 @@ def _errors_in_layer(
     # At 0 a norm after the ablation would not show; at .5 it gives the whole query back.
     yield "undifferentiated attention scales what meets the keys", difference(query[2, head], query[0, head] * 0.5)
     # The plain mean of the head's values over the keys that the mask allows each token [n_tokens, d_value].
-    allowed = _allowed(seen["mask"], n_tokens, device)
+    allowed = allowed_keys(seen["mask"], n_tokens, device)
     weights = allowed.double() / allowed.sum(dim=-1, keepdim=True)
     mean = weights @ value[head * len(value) // shape.n_heads].double()
     evenness = "undifferentiated attention is uniform over the allowed keys"
@@ -446,7 +446,7 @@ def _errors_of_means(engine: Engine, captured: Capture, layer: int, one: Tensor)
         yield f"{ablation.kind.label} leaves the other heads unchanged", untouched
 
 
-def _allowed(mask: Tensor | None, n_tokens: int, device: torch.device) -> Tensor:
+def allowed_keys(mask: Tensor | None, n_tokens: int, device: torch.device) -> Tensor:
     """The keys that a mask allows each token, bool [n_tokens, n_tokens]."""
     if mask is None:
         return torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril()
