@@ -413,18 +413,16 @@ def _pruned(lab: Lab, model: str) -> list[Compared]:
     learned = [subject.asked_prompts.sha256 for subject in learning_subjects(lab, model)]
     material = cache(partial(material_of, lab, model, refuses=False))
 
-    @cache
-    def interventions(method: Method) -> Sequence[Intervention]:
-        return method.interventions(material(), method.strengths)
+    interventions = cache(lambda method: method.interventions(material(), method.strengths))
+
+    def pruned(method: Method, number: int) -> AbstractContextManager[Any]:
+        return interventions(method)[number].at_work()
 
     compared = []
     for method in (METHODS[name] for name in PRUNERS):
         for number, sparsity in enumerate(method.strengths):
             fields = {"method": method.name, "sparsity": sparsity, "learned": learned, "seed": lab.config.seed}
-
-            def at_work(method: Method = method, number: int = number) -> AbstractContextManager[Any]:
-                return interventions(method)[number].at_work()
-
+            at_work = partial(pruned, method, number)
             variant = Variant(f"{method.label}, {sparsity:.0%}", at_work, fields)
             compared.append((variant, {"x": sparsity, "series": method.label}, sparsity == _SHOWN_SPARSITY))
     return compared

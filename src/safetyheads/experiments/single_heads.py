@@ -409,14 +409,10 @@ def _timed(lab: Lab, subject: Subject) -> list[Row]:
                         break
                     tokens.append(chosen)
 
-    def plain() -> object:
-        return answers_under(
-            engine, prompts, [[(head,)] * n for head in sample], ablation, judge, Decoding(n_new, full_answers=True)
-        )
-
     # A quarter of the heads at most, so that there is something to screen.
     extent = Extent(n_candidates=min(16, n_heads // 4 or 1), n_sampled=min(32, n_heads // 4))
-    given = engine, prompts, ablation
+    given, columns = (engine, prompts, ablation), [[(head,)] * n for head in sample]
+    plain = partial(answers_under, engine, prompts, columns, ablation, judge, Decoding(n_new, full_answers=True))
     ways: list[tuple[str, str, int, int, Callable[[], Any]]] = [
         ("screened score pass", "Ships of the best", n_heads, n, lambda: screened_ships(*given, extent)),
         ("score pass", "Ships", n_heads, n, lambda: ships(*given)),
