@@ -104,9 +104,6 @@ def patched(engine: Engine, unaligned: Engine, neurons: Mapping[int, Tensor]) ->
             given["past_key_values"] = twins.of(given["past_key_values"])
         unaligned.model(*on_device(unaligned, dict(enumerate(positional))).values(), **given)
 
-    def forget(*_: Any) -> None:
-        values.clear()  # layers that run on their own, in replays and proofs, must not get old values
-
     def patch(layer: int, whole: Tensor) -> Tensor:
         if layer in values:
             whole = whole.clone()
@@ -116,7 +113,8 @@ def patched(engine: Engine, unaligned: Engine, neurons: Mapping[int, Tensor]) ->
     with engine.weights_changed(), inputs_seen([linear.module for linear in theirs], see):
         handles = [
             engine.model.register_forward_pre_hook(run_unaligned, with_kwargs=True),
-            engine.model.register_forward_hook(forget, always_call=True),
+            # Layers that run on their own, in replays and proofs, must not get old values.
+            engine.model.register_forward_hook(lambda *_: values.clear(), always_call=True),
             *(change_input(ours[layer].module, partial(patch, layer)) for layer in chosen),
         ]
         with hooked(*handles):
