@@ -59,7 +59,7 @@ def test_an_interrupted_command_says_so_in_one_line(run, monkeypatch, tmp_path, 
     monkeypatch.setattr(Engine, "load", interrupt)
     monkeypatch.setattr(RunDirectory, "open", interrupt)
     monkeypatch.setattr(RunDirectory, "verify", interrupt)
-    for function in ("model.smollm2.fetch", "runs.directory.status_of", "runs.merge.joinable"):
+    for function in ("model.smollm2.fetch", "cli.app.status_of", "runs.merge.joinable"):
         monkeypatch.setattr(f"safetyheads.{function}", interrupt)
     before = signal.getsignal(signal.SIGTERM)
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
