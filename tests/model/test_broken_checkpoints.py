@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from odd_values import ODD, unhurried
 from refusals import refused_in_one_line_if_at_all
 from tiny_models import COMMON, build, saved
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2MoeConfig
 
-from safetyheads import Engine
+from safetyheads import Engine, InputError
 from safetyheads.judges.base import Completion
 from safetyheads.judges.models import CausalJudge, SequenceClassifierJudge
 
@@ -82,6 +82,15 @@ def read_or_refused(whole, folder, changes):
 def test_the_whole_checkpoint_classifies(whole):
     (verdict,) = judges_of(whole)[1]([COMPLETION])
     assert verdict.scored
+
+
+def test_a_judge_that_cannot_run_a_token_is_refused_before_it_is_asked(tmp_path):
+    sizes = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    folder = saved(build(Qwen2MoeConfig(**COMMON, num_key_value_heads=2, num_experts=4, **sizes)), tmp_path / "judge")
+    config = json.loads(Path(folder, "config.json").read_text())
+    Path(folder, "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 5}))
+    with pytest.raises(InputError, match=r"cannot load the judge .*: selected index k out of range"):
+        CausalJudge(checkpoint=str(folder))([COMPLETION])
 
 
 CHANGES = st.dictionaries(st.sampled_from(PLACES), ANY, min_size=1, max_size=2)

@@ -873,7 +873,9 @@ def try_out(model: PreTrainedModel, name: str) -> None:
     """Refuse a model that loads and cannot run a token: what a config says of caches is looked at no sooner."""
     try:
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
-    except (*_NONSENSE, ValueError) as error:
+    except (*_NONSENSE, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
         raise _cannot_load(name, error) from error
 
 
