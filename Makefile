@@ -18,6 +18,8 @@ STAMP := $(VENV)/.installed
 TOOLS := .venv-tools
 # Tiny models run fastest on one thread; two busy processes of two threads each stall each other.
 export OMP_NUM_THREADS := 1
+# Where nothing compiled may be kept, each process compiles the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Two processes share the demo, each on a core of its own, as machines share a large run.
 HALF := --threads 1 --wait 600 --shard

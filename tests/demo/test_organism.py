@@ -104,7 +104,7 @@ def test_the_audit_finds_concentrated_heads_only_where_they_are_planted(name, la
     assert verdict["numbers"]["undone"]["rate"] >= 0.9
     assert verdict["numbers"]["n_as_good"] == 0
     assert verdict["numbers"]["damage"] == "bounded"
-    # Other prompts would give the same heads and size: .96 as measured, at the cost of one pass at most.
+    # Other prompts would give the same heads and size: .96 on all of them, at the cost of one pass at most.
     found = results["stability"]["group"]
     assert found["heads"] == verdict["heads"]
     assert found["repeatability"]["rate"] > 0.9
