@@ -15,6 +15,7 @@ from safetyheads.heads import format_heads
 from safetyheads.judges.function import CallableJudge
 from safetyheads.judges.named import judges_named
 from safetyheads.measures import random_groups as random_groups_module
+from safetyheads.measures.head_pass import Score
 from safetyheads.runs import kept_answers as kept_module
 from safetyheads.runs.config import Progress
 from safetyheads.runs.directory import RunDirectory
@@ -179,3 +180,17 @@ def test_random_groups_are_drawn_once_and_stored_with_the_group_they_control(tmp
         monkeypatch.setattr("safetyheads.runs.run.random_groups", lambda *_: pytest.fail("drawn again"))
         assert Run(engine, None, directory, Progress()).random_groups(groups, 12, 0) == drawn
         assert random_groups_of(directory) == {format_heads(group): controls for group, controls in drawn.items()}
+
+
+@pytest.mark.parametrize("another", ["[1.0,0.0,2.0]", "[true,false,2]", "[0,1,1]", "{}"])
+def test_an_order_of_prompts_that_is_none_is_found_again(tmp_path, another):
+    whole, score = SimpleNamespace(sequences=[None] * 3), Score("refusal_score")
+    with RunDirectory.start(tmp_path, {}, {}) as directory:
+        run = Run(SimpleNamespace(), None, directory, Progress())
+        _, order = run.screening("harmful", whole, score)
+        (file,) = (tmp_path / "remembered").glob("order_of*")
+        stored = file.read_bytes()
+        file.write_bytes(re.sub(rb'"value":.*', f'"value":{another}}}'.encode(), stored))
+        seal(tmp_path, f"remembered/{file.name}", alone=True)
+        assert run.screening("harmful", whole, score)[1] == order
+    assert file.read_bytes() == stored

@@ -283,7 +283,7 @@ class Run(Generic[Config]):
         drawn = random.Random(getattr(self.config, "seed", 0)).sample(range(n), n)
         order = whole.least_sure_first if score.name == "mean_ships" else drawn
         place = f"order_of_{score.name}_{name}"
-        order = self.directory.remember(place, order, lambda stored: sorted(stored) == list(range(n)))
+        order = self.directory.remember(place, order, lambda known: sorted(converted(known, list[int])) == [*range(n)])
 
         def scorer_on(prompts: tuple[int, ...]) -> GroupScorer:
             sequences = [whole.sequences[number] for number in prompts]
