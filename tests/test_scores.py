@@ -58,6 +58,11 @@ def test_ties_are_runs_of_neighbours_within_the_resolution():
     assert PER_PROMPT.ties() == ()
 
 
+def test_any_table_of_numbers_is_told_in_lists():
+    for values in (torch.tensor([[1.5, NAN]], dtype=torch.bfloat16), torch.tensor([[1.5, NAN]], requires_grad=True)):
+        assert HeadScores(values, "mine", "nats", 0.0).as_lists() == [[1.5, None]]
+
+
 def test_a_table_is_just_large_enough_and_named_as_its_scorer():
     like = FunctionScorer(lambda groups: torch.zeros(len(groups)), "angle", "degrees", 1e-9)
     table = table_of([Head(2, 0), Head(0, 1)], torch.tensor([7.0, 8.0]), like)

@@ -97,8 +97,9 @@ class HeadScores(Table):
 
     def as_lists(self) -> list[Any]:
         """The values as JSON: None where a head was not scored or does not exist."""
-        values = self.values.cpu().numpy()
-        return np.where(np.isnan(values), np.array(None), values).tolist()
+        return np.where(
+            self.values.isnan().cpu().numpy(), np.array(None), np.array(self.values.tolist(), object)
+        ).tolist()
 
     def top(self, k: int) -> Group:
         """The k best heads, best first."""

@@ -24,6 +24,7 @@ from safetyheads import (
     scan_attack_success_rate,
     ships,
 )
+from safetyheads.answers import decoding as decoding_module
 from safetyheads.answers.decoding import (
     GREEDY,
     TOP_5,
@@ -146,6 +147,13 @@ def test_generate_gives_each_prompt_its_own_group_and_at_least_one_token(slow):
     with pytest.raises(InputError, match="at least one new token"):
         generate(engine, prompts, 0)
     assert answered(engine, []) == []
+
+
+def test_a_head_that_the_model_does_not_have_is_refused_before_the_first_batch(monkeypatch):
+    monkeypatch.setattr(decoding_module, "rows_that_fit", lambda *_: 1)
+    monkeypatch.setattr(decoding_module, "_decoded", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(InputError, match="head 9-9 is out of range"):
+        generate(engine_of("llama_gqa"), prompts_of((5, 9), (7,)), N_TOKENS, [(Head(0, 1),), (Head(9, 9),)])
 
 
 def test_a_model_without_an_end_token_answers_to_the_limit():

@@ -27,7 +27,7 @@ from safetyheads.ablation import UNDIFFERENTIATED_ATTENTION, Ablation, AnyAblati
 from safetyheads.display import Shown
 from safetyheads.errors import OVERFLOWS, InputError, SafetyheadsError, UnsupportedModelError, whole_number
 from safetyheads.files import read_toml
-from safetyheads.heads import AnyHeads, Group, parse_groups
+from safetyheads.heads import AnyHeads, Group, parse_groups, within
 from safetyheads.model.engine import Engine, ask
 from safetyheads.model.packing import left_padded
 from safetyheads.model.planning import allowed_memory, halving
@@ -152,11 +152,13 @@ def generate(
 ) -> tuple[Answer, ...]:
     """Decode an answer to each prompt, prompt i with ``groups[i]`` ablated; unablated by default."""
     encoded = ask(engine, prompts).token_ids
-    chosen: Sequence[Group] = [()] * len(encoded) if groups is None else parse_groups(groups)
-    if len(chosen) != len(encoded):
-        raise InputError(f"{len(chosen)} groups for {len(encoded)} prompts; each prompt needs its own")
-    # Heads that the model does not have are refused where they are ablated, before anything is decoded.
-    requests = list(map(Request, encoded, chosen))
+    groups = [()] * len(encoded) if groups is None else parse_groups(groups)
+    if len(groups) != len(encoded):
+        raise InputError(f"{len(groups)} groups for {len(encoded)} prompts; each prompt needs its own")
+    requests = [
+        Request(token_ids, within(group, engine.n_layers, engine.n_heads))
+        for token_ids, group in zip(encoded, groups, strict=True)
+    ]
     return answer(engine, requests, Decoding(max_new_tokens, sampling), Ablation.parse(ablation))
 
 
