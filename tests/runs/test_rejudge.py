@@ -5,9 +5,11 @@ import gc
 import pytest
 from scan_samples import Sample, finished_run
 
+from safetyheads import load_demo
 from safetyheads.judges.base import Completion, Judge, Verdict
 from safetyheads.runs import rejudge as module
-from safetyheads.runs.config import Progress
+from safetyheads.runs.audit import run_audit
+from safetyheads.runs.config import AuditConfig, Progress
 from safetyheads.runs.directory import RunDirectory
 
 
@@ -50,3 +52,17 @@ def test_texts_are_in_memory_a_piece_at_a_time_and_each_answer_is_asked_about_on
         assert max(judge.in_memory) <= 2 * together
     assert found[4] == found[1000]
     assert len(judge.asked) > 16
+
+
+def test_the_runs_own_command_leaves_damaged_verdicts_of_a_later_judge_to_the_command_that_mends_them(tmp_path):
+    short = {"limit": 4, "max_new_tokens": 8, "size": 1, "n_random": 1, "anyway": True, "damage_tokens": 2}
+    config, engine = AuditConfig(model="demo:aligned_a", prompts="demo", **short), load_demo("aligned_a").engine
+    run_audit(engine, config, tmp_path)
+    module.rejudge(tmp_path, Watching(), Progress(), {})
+    (file,) = (tmp_path / "completions").glob("judged-watching-*")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    run_audit(engine, config, tmp_path)
+    assert [*RunDirectory.verify(tmp_path).damaged] == [f"completions/{file.name}"]
+    module.rejudge(tmp_path, Watching(), Progress(), {})
+    assert (file.read_bytes(), RunDirectory.verify(tmp_path).damaged) == (whole, {})

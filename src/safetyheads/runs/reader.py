@@ -348,6 +348,10 @@ def identity(record: Record) -> str:
     return "|".join(str(record.get(name)) for name in ("part", "set", "group", "epsilon", "seed", "id"))
 
 
+LATER = ("judged-", "verdicts-")
+"""Beginnings of the stages of judges that came later, which hold no answers; their own commands mend them."""
+
+
 def judged_stage(judge: str) -> str:
     """The stage that holds what a later judge said of every answer."""
     return f"judged-{as_file_name(judge)}"

@@ -39,15 +39,13 @@ from safetyheads.runs.rates import (
     prompt_or_cluster,
     without_texts,
 )
-from safetyheads.runs.reader import identity, judged_stage, with_later_verdicts
+from safetyheads.runs.reader import LATER, identity, judged_stage, with_later_verdicts
 from safetyheads.runs.run import random_groups_of
 from safetyheads.runs.stored_files import Record, content_key
 from safetyheads.stats.misclassified import Accuracy, accuracy_of, prediction_powered, rogan_gladen
 
 # Verdicts that are stored together: the most that a kill, or an endpoint that fails, costs.
 _TOGETHER = 256
-# Stages of judges that came later, which hold no answers.
-_LATER = ("judged-", "verdicts-")
 CUT = "answers of this rate were cut where the run's own judges were final; it needs a run with --full-answers"
 """Why a whole rate is unscored."""
 
@@ -142,7 +140,7 @@ def later_judges(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _stored_answers(opened: RunDirectory) -> Iterator[Record]:
     """Every answer that has a text, one at a time; a file that is damaged or lost is an InputError."""
-    records = opened.stored_records(but=_LATER)
+    records = opened.stored_records(but=LATER)
     return (record for record in records if "verdicts" in record and "text" in record)
 
 

@@ -59,6 +59,7 @@ from safetyheads.runs.estimate import Estimate, Machine, Work, chain_lines, esti
 from safetyheads.runs.kept_answers import KeptAnswers, failed_judges
 from safetyheads.runs.provenance import model_facts, provenance, settings_of, template_facts
 from safetyheads.runs.rates import GroupAnswers
+from safetyheads.runs.reader import LATER
 from safetyheads.runs.shards import Shard
 from safetyheads.runs.stored_files import Record, converted
 from safetyheads.scores import GroupScorer, HeadScores
@@ -659,7 +660,8 @@ def _whole_results(
     }
     if hasattr(config, "judges"):
         described = {"judges": [judge.describe() for judge in run.judges], "lead_judge": run.judges[0].name}
-        judged = {"word_judges": run.judges_of_words(), **failed_judges(run.directory.stored_records())}
+        answers = run.directory.stored_records(but=LATER)
+        judged = {"word_judges": run.judges_of_words(), **failed_judges(answers)}
         results = described | results | judged
     notes = mixed_notes(run.directory)
     notes += warnings_of(run.engine, asked, getattr(config, "max_new_tokens", 1), caught)
