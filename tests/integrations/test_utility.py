@@ -211,7 +211,7 @@ def test_kept_rows_are_another_tokenizers_no_more(engine):
     kept = []
 
     class Keeps(OneProcess):
-        def records(self, stage, fields, compute):
+        def records(self, stage, fields, compute, **_):
             kept.append(json.dumps(fields, sort_keys=True))
             return compute()
 
