@@ -157,3 +157,14 @@ def test_any_file_may_be_anything(whole, tmp_path, file):
         looks = [judge.look for judge in judges_of(folder)]
         refused_in_one_line_if_at_all(lambda: Engine.load(str(folder), check=False), *looks)
         shutil.rmtree(folder)
+
+
+def test_what_nobody_reads_may_be_large(whole, tmp_path):
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    for name in ("train.json", "log.txt"):
+        CONTENTS["huge"](folder / name)
+    for judge in judges_of(folder):
+        judge.look()
+    CONTENTS["huge"](folder / "vocab.json")
+    with pytest.raises(InputError, match=r"vocab.json is larger than 256 MiB"):
+        judges_of(folder)[0].look()

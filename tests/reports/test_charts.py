@@ -79,3 +79,14 @@ def test_the_drawing_library_is_whole_and_loads_nothing() -> None:
     assert "window.vegaEmbed=" in library
     assert not re.search(r"</script|<!--|jsdelivr|unpkg|cdnjs|googleapis|\bimport\s*\(", library)
     assert len(library) < 1_200_000
+
+
+def test_the_drawing_library_is_put_together_once_and_where_nothing_can_be_kept_each_time(tmp_path, monkeypatch):
+    bundle, made = charts.drawing_library(), []
+    monkeypatch.setattr(charts.vl_convert, "javascript_bundle", lambda *_, **__: made.append(1) or bundle)
+    (tmp_path / "a file").touch()
+    for folder, n_made in ((tmp_path / "cache", 1), (tmp_path / "a file", 3)):
+        monkeypatch.setenv("SAFETYHEADS_CACHE", str(folder))
+        for _ in range(2):
+            assert charts.drawing_library.__wrapped__() == bundle
+        assert len(made) == n_made

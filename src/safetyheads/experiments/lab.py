@@ -355,7 +355,8 @@ def reproduce(
             except ElsewhereError:
                 raise
             except SafetyheadsError as error:
-                if not skips:
+                # What fails here alone, such as for want of memory, the other shards would wait for.
+                if not skips or not (run.shard.alone or isinstance(error, InputError)):
                     raise
                 # What one experiment cannot be run on, others may be.
                 left_out[experiment.name] = str(error)

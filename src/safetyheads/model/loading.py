@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from pickle import UnpicklingError
@@ -51,6 +52,17 @@ from safetyheads.model.tokenizer_files import refuse_growth
 _SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Texts of a checkpoint that libraries read whole; a log or a data set may lie beside them.
+_TEXTS = (
+    "*config.json",
+    "*token*.json",
+    "*template*.json",
+    "*.index.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
 # A tokenizer is tried on so many of its own tokens.
 _N_PROVED = 64
 _STDERR = threading.RLock()
@@ -233,7 +245,8 @@ def look_at_directory(path: Path, name: str) -> None:
     for file in (*path.iterdir(), *path.glob("additional_chat_templates/*")):
         if file.exists() and not file.is_file() and not file.is_dir():
             raise InputError(f"{name} holds {file.name}, which is no regular file")
-        if file.suffix in (".json", ".jinja", ".txt", ".model") and file.is_file() and file.stat().st_size > MOST_BYTES:
+        is_read = any(fnmatch(file.name, pattern) for pattern in _TEXTS)
+        if is_read and file.is_file() and file.stat().st_size > MOST_BYTES:
             raise InputError(f"{file} is larger than {MOST_BYTES >> 20} MiB")
     for file in path.glob("*token*.json"):
         read_json(file)

@@ -9,12 +9,18 @@ import re
 import textwrap
 from base64 import b64encode
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, partial
+from importlib.metadata import version
 from importlib.resources import files
 from typing import Any, Literal, TypeAlias
 
 import altair as alt
 import vl_convert
+
+from safetyheads.errors import InputError
+from safetyheads.files import read_regular, write_atomically
+from safetyheads.prompts.files import cache_directory
 
 Row: TypeAlias = Mapping[str, Any]
 Spec: TypeAlias = dict[str, Any]
@@ -105,10 +111,19 @@ def spec(
 
 @cache
 def drawing_library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script, in the version that the specifications are written for."""
+    """Vega, Vega-Lite and Vega-Embed as one script, in the version that the specifications are written for.
+
+    Putting it together takes two seconds, so it is kept in the cache directory where that can be written.
+    """
+    kept = cache_directory() / f"vega-{_VERSION}-{version('vl-convert-python')}.js"
+    with suppress(InputError, OSError, UnicodeError):
+        return read_regular(kept).decode()
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_VERSION)
     # Inside a script element these two would end or hide the rest of the page.
-    return bundle.replace("</script", r"<\/script").replace("<!--", r"<\!--")
+    bundle = bundle.replace("</script", r"<\/script").replace("<!--", r"<\!--")
+    with suppress(InputError, OSError):
+        write_atomically(kept, bundle.encode())
+    return bundle
 
 
 @cache
