@@ -334,15 +334,7 @@ def reproduce(
     with run_directory(out, _settings(config), progress, command, shard) as run:
         lab = Lab(config, run, progress, load)
         count_requests_in(run.path, lab.judges)
-        # What judges failed on is asked again, and the outcomes with it.
-        try:
-            damaged = run.set_aside_damaged()
-        except DamagedError as error:
-            raise InputError(f"{error}; start it once without --shard, which computes it again") from error
-        again = bool(damaged) or any(map(has_failed, run.stored_records()))
-        if again and not run.shard.alone:
-            # A shard would make the outcomes anew before another has judged its own answers again.
-            raise InputError(f"judges failed on answers of {out}; start it once without --shard, which asks them again")
+        again, damaged = _left_open(run)
         if damaged:  # of whichever outcomes they are
             there = {*damaged, *run.places()}
             others = [experiment for experiment in EXPERIMENTS.values() if experiment not in runnable]
@@ -369,6 +361,22 @@ def reproduce(
                 _write(run, config, left_out)
         _write(run, config, left_out, failed_judges(run.stored_records()))
         return run.read_results()
+
+
+def _left_open(run: RunDirectory) -> tuple[bool, set[str]]:
+    """Whether outcomes are made again, for judges failed on answers or files are damaged; and which these were.
+
+    Refused for a shard, which would make outcomes before another one has judged or computed its own part again.
+    """
+    try:
+        damaged = run.set_aside_damaged()
+    except DamagedError as error:
+        raise InputError(f"{error}; start it once without --shard, which computes it again") from error
+    again = bool(damaged) or any(map(has_failed, run.stored_records()))
+    if again and not run.shard.alone:
+        failed = f"judges failed on answers of {run.path}"
+        raise InputError(f"{failed}; start it once without --shard, which asks them again")
+    return again, damaged
 
 
 def _settings(config: ReproductionConfig) -> dict[str, Any]:
